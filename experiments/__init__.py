@@ -1,0 +1,1 @@
+"""Experiments of jaxrl-suite: launchers, studies, notebooks. Not part of the wheel."""

@@ -1,0 +1,1 @@
+"""Shared by all launchers: studies, flags, runs."""

@@ -1,0 +1,125 @@
+"""Base class of all configurations: frozen, keyword-only, hashable dataclasses with help texts.
+
+A configuration is static under jit; floats that people sweep belong into a NamedTuple of traced hyperparameters.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Self
+
+
+def field(default: Any, *, help: str) -> Any:
+    """A dataclass field with a help text, which becomes the text of its command-line flag."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def check(condition: bool, *, argument: str, value: Any, rule: str, remedy: str = "") -> None:
+    """Raises a ValueError that names argument, value, rule and remedy unless ``condition`` holds.
+
+    >>> check(3 > 0, argument="rate", value=3, rule="must be positive")
+    """
+    if not condition:
+        raise ValueError(f"{argument}={value!r}: {rule}." + (f" {remedy}." if remedy else ""))
+
+
+def type_name(annotation: Any) -> str:
+    """A readable name of a type annotation.
+
+    >>> type_name(int | None)
+    'int or None'
+    """
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_name(argument) for argument in arguments)
+    if origin is tuple:
+        return f"tuple of {type_name(arguments[0])}" if arguments else "tuple"
+    if annotation is type(None):
+        return "None"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def matches(value: Any, annotation: Any) -> bool:
+    """Whether a value fits an annotation made of int, float, bool, str, None, Literal, unions and tuples."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin in (typing.Union, types.UnionType):
+        return any(matches(value, argument) for argument in arguments)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return all(matches(item, arguments[0]) for item in value)
+        return len(value) == len(arguments) and all(map(matches, value, arguments))
+    if annotation is Any:
+        return True
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, annotation) if isinstance(annotation, type) else True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of configurations. Subclasses are ``@dataclasses.dataclass(frozen=True, kw_only=True)``.
+
+    ``__post_init__`` checks the type of every field; a subclass that overrides it calls ``super().__post_init__()``
+    and then checks its own rules with :func:`check`.
+    """
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for item in dataclasses.fields(self):
+            value, annotation = getattr(self, item.name), hints[item.name]
+            if isinstance(value, list):  # JSON has no tuples
+                value = tuple(tuple(part) if isinstance(part, list) else part for part in value)
+                object.__setattr__(self, item.name, value)
+            name = f"{type(self).__name__}.{item.name}"
+            check(matches(value, annotation), argument=name, value=value, rule=f"must be {type_name(annotation)}")
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again.
+
+        Raises:
+            ValueError: a name is not a field, or a value breaks a rule.
+        """
+        _check_names(type(self), changes)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict, ready for JSON; nested configurations become dicts."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """JSON text with sorted keys, the same for equal configurations."""
+        return json.dumps(self.to_dict(), sort_keys=True, indent=2)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a name is not a field, or a value breaks a rule.
+        """
+        _check_names(cls, values)
+        hints = typing.get_type_hints(cls)
+        return cls(**{
+            name: hints[name].from_dict(value) if isinstance(value, Mapping) and _is_config(hints[name]) else value
+            for name, value in values.items()
+        })
+
+
+def _is_config(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Config)
+
+
+def _check_names(cls: type[Config], values: Mapping[str, Any]) -> None:
+    known = [item.name for item in dataclasses.fields(cls)]
+    for name in values:
+        check(name in known, argument=cls.__name__, value=name, rule="unknown field", remedy=f"Fields: {', '.join(known)}")

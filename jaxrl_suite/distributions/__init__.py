@@ -1,0 +1,31 @@
+"""The one door to distrax, entropy and information measures, and masked statistics."""
+
+from jaxrl_suite.distributions.categorical import categorical, draw_token, epsilon_greedy, greedy, softmax_policy
+from jaxrl_suite.distributions.information import (
+    binary_entropy,
+    conditional_entropy,
+    entropy,
+    entropy_terms,
+    joint_entropy,
+    kl_divergence,
+    mutual_information,
+)
+from jaxrl_suite.distributions.statistics import masked_mean, masked_variance, masked_whiten
+
+__all__ = [
+    "binary_entropy",
+    "categorical",
+    "conditional_entropy",
+    "draw_token",
+    "entropy",
+    "entropy_terms",
+    "epsilon_greedy",
+    "greedy",
+    "joint_entropy",
+    "kl_divergence",
+    "masked_mean",
+    "masked_variance",
+    "masked_whiten",
+    "mutual_information",
+    "softmax_policy",
+]
