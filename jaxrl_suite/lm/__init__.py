@@ -1,0 +1,54 @@
+"""One decoder-only transformer for every use: Llama/SmolLM2, Mistral, Mixtral, Qwen2(-MoE), Qwen3(-MoE).
+
+The decoder is three pure functions over a nested dict of arrays, which read their sizes from the arrays, so that the
+same code runs on whole arrays and on shards inside ``shard_map``::
+
+    x      = embed(params, tokens, config=..., parallel=...)                          # [B, T, D]
+    x, aux = block(layer, x, positions, segments, config=..., feed_forward=..., attend=..., parallel=...)
+    logits = head(params, x, config=..., parallel=...)                                # [B, T, V]
+
+``layer`` is one entry of ``params["layers"]`` (the leading axis L removed); ``forward`` scans over all of them and
+``apply`` adds the head. ``feed_forward(layer["feed_forward"], x) -> (y, aux)`` gets the normalised residual stream
+before any hook. Default slots: :func:`dense_feed_forward`, :func:`sparse_feed_forward`, :func:`blockwise_attend`.
+
+Parameter table, the canonical layout of checkpoints, foldings and conversion (``parameter_shapes(config)``):
+
+=================================== ================ ==================================================
+path                                shape            when
+=================================== ================ ==================================================
+embed/table                         [V, D]
+layers/attention_norm/scale         [L, D]
+layers/attention/query              [L, D, Hq, C]    C is the width of a head
+layers/attention/key, value         [L, D, Hk, C]
+layers/attention/output             [L, Hq, C, D]
+layers/attention/query_bias         [L, Hq, C]       qkv_bias
+layers/attention/key_bias, ...      [L, Hk, C]       qkv_bias (key_bias, value_bias)
+layers/attention/query_norm         [L, C]           qk_norm
+layers/attention/key_norm           [L, C]           qk_norm
+layers/feed_forward_norm/scale      [L, D]
+layers/feed_forward/gate, up        [L, D, F]        dense
+layers/feed_forward/down            [L, F, D]        dense
+layers/feed_forward/router          [L, D, E]        sparse
+layers/feed_forward/router_bias     [L, E]           sparse and router_bias (float32, selection only)
+layers/feed_forward/experts/gate    [L, E, D, F]     sparse (and experts/up)
+layers/feed_forward/experts/down    [L, E, F, D]     sparse
+layers/feed_forward/shared/gate     [L, D, S]        shared_width (and shared/up)
+layers/feed_forward/shared/down     [L, S, D]        shared_width
+layers/feed_forward/shared_gate     [L, D]           shared_gate
+final_norm/scale                    [D]
+head/table                          [V, D]           unless tied_head
+=================================== ================ ==================================================
+"""
+
+from jaxrl_suite.lm.config import LanguageModelConfig, named_config
+from jaxrl_suite.lm.parameters import flatten, init_params, num_parameters, parameter_shapes, unflatten
+
+__all__ = [
+    "LanguageModelConfig",
+    "flatten",
+    "init_params",
+    "named_config",
+    "num_parameters",
+    "parameter_shapes",
+    "unflatten",
+]
