@@ -1,0 +1,112 @@
+"""The one launcher: flags -> configuration -> run. Every family's ``launch.py`` calls :func:`launch`."""
+
+import importlib.util
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from experiments.common.flags import Settings, UsageError, help_text, parse_flags
+from experiments.common.run import run_study
+from experiments.common.study import Result, Study, load_study, study_names
+from jaxrl_suite.io.checkpoint import CheckpointError
+
+
+def launch(family: str, arguments: Sequence[str] | None = None) -> None:
+    """Runs the study that the command line names, prints its numbers, and exits: 0 done, 2 bad usage or bad input."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        name, rest = _take_study(arguments)
+        if name is None:
+            _list_studies(family, asked="--helpshort" in rest or "--help" in rest)
+            return
+        study = load_study(family, name)
+        if "--helpshort" in rest or "--help" in rest:
+            print(help_text(family, study, full="--help" in rest))
+            return
+        settings, overrides = parse_flags(study, rest)
+        config, hparams = study.configure(settings.preset, overrides)
+        prepare_jax(study, settings)
+        command = shlex.join(["python", "-m", f"experiments.{family}.launch", *arguments])
+        result, workdir = run_study(family, study, config, hparams, settings, command=command)
+    except (UsageError, ValueError, OSError, ImportError, CheckpointError) as error:
+        # What a user can mend comes as one line; --debug shows where it was raised.
+        if "--debug" in arguments:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print_result(study, result)
+    print(f"\nwritten to {os.path.relpath(workdir)}")
+
+
+def prepare_jax(study: Study, settings: Settings) -> None:
+    """Sets what JAX fixes when it starts: number of CPU devices and float64. Call it before the first array.
+
+    Raises:
+        UsageError: JAX has started with fewer devices, or a module that the study needs is missing.
+    """
+    missing = {module: extra for module, extra in study.extras.items() if importlib.util.find_spec(module) is None}
+    for module, extra in missing.items():
+        raise UsageError(f'{study.name} needs {module}. Install it: python -m pip install "jaxrl-suite[{extra}]"')
+    devices = settings.num_cpu_devices or study.num_cpu_devices
+    if devices > 1:
+        try:
+            jax.config.update("jax_num_cpu_devices", devices)
+        except RuntimeError:  # the backend runs already, as in a notebook
+            if jax.device_count() < devices:
+                raise UsageError(
+                    f"{study.name} needs {devices} devices and JAX has started with {jax.device_count()}. "
+                    f"Restart Python and call jax.config.update('jax_num_cpu_devices', {devices}) before anything else."
+                ) from None
+    jax.config.update("jax_enable_x64", study.x64 if settings.x64 is None else settings.x64)
+    if settings.debug:
+        jax.config.update("jax_debug_nans", True)
+        jax.config.update("jax_debug_key_reuse", True)
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if cache:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def print_result(study: Study, result: Result) -> None:
+    """Prints the numbers of a study, one a line."""
+    print(study.summary)
+    width = max(map(len, result.summary), default=0)
+    for name, value in result.summary.items():
+        print(f"  {name:<{width}}  {format_value(value)}")
+
+
+def format_value(value: Any) -> str:
+    """A number with five significant digits, anything else as it is."""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _take_study(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of ``--study`` and the other arguments; both ``--study=X`` and ``--study X`` are read."""
+    name, rest, position = None, [], 0
+    while position < len(arguments):
+        argument = arguments[position]
+        if argument.lstrip("-").split("=", 1)[0] == "study" and argument.startswith("-"):
+            if "=" in argument:
+                name = argument.split("=", 1)[1]
+            elif position + 1 < len(arguments):
+                position += 1
+                name = arguments[position]
+        else:
+            rest.append(argument)
+        position += 1
+    return name, rest
+
+
+def _list_studies(family: str, *, asked: bool) -> None:
+    lines = [f"python -m experiments.{family}.launch --study=NAME [--preset=smoke|default|paper] [--flag=value …]", ""]
+    lines += [f"  {name:<22} {load_study(family, name).summary}" for name in study_names(family)]
+    lines += ["", "Flags of a study: add --helpshort (or --help for those that all runs share) after --study=NAME."]
+    if asked:
+        print("\n".join(lines))
+        return
+    print("error: --study is missing. Choose one:\n\n" + "\n".join(lines), file=sys.stderr)
+    sys.exit(2)
+

@@ -1,0 +1,1 @@
+"""The tour: one study of each family, one after another, and a page that shows what they did."""
