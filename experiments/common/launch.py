@@ -109,4 +109,3 @@ def _list_studies(family: str, *, asked: bool) -> None:
         return
     print("error: --study is missing. Choose one:\n\n" + "\n".join(lines), file=sys.stderr)
     sys.exit(2)
-

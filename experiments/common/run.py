@@ -141,7 +141,9 @@ class Run:
         lines = [line for line in metrics.read_jsonl(self.workdir / "metrics.jsonl") if path in line]
         steps = sorted({line["step"] for line in lines})
         values = np.array([np.nan if line[path] is None else line[path] for line in lines], float)
-        return values.reshape(len(steps), -1).squeeze(-1) if len(values) == len(steps) else values.reshape(len(steps), -1)
+        return (
+            values.reshape(len(steps), -1).squeeze(-1) if len(values) == len(steps) else values.reshape(len(steps), -1)
+        )
 
     def progress(self, iterable: Iterable[Any], description: str) -> Iterator[Any]:
         """Iterates with a progress bar, silent when the output is not a terminal."""
@@ -298,12 +300,14 @@ class _claimed:
             self._file = (self.workdir / "lock").open("w")
         except OSError as error:
             raise UsageError(
-                f"--workdir={self.workdir}: cannot be written ({error.strerror}). Choose a folder that you may write to."
+                f"--workdir={self.workdir}: cannot be written ({error.strerror}). Choose a folder that you may write."
             ) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"--workdir={self.workdir}: another process is running in it. Wait for it to end.") from None
+            raise UsageError(
+                f"--workdir={self.workdir}: another process is running in it. Wait for it to end."
+            ) from None
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
@@ -315,7 +319,9 @@ def _lists(values: Any) -> Any:
 
 def _plain(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Summary values as JSON knows them."""
-    return {key: value.item() if isinstance(value, np.generic | np.ndarray) else value for key, value in summary.items()}
+    return {
+        key: value.item() if isinstance(value, np.generic | np.ndarray) else value for key, value in summary.items()
+    }
 
 
 def _scalars(values: Mapping[str, Any]) -> dict[str, float]:

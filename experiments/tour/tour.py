@@ -21,9 +21,9 @@ from experiments.common.study import Study, all_studies
 from jaxrl_suite.io import files, profiling, report
 
 _INTRO = (
-    "jaxrl-suite makes four recent papers real in JAX: reward-free exploration in linear mixture MDPs, parallel folding of "
-    "mixture-of-experts models, reward weights that learn, and minimum entropy couplings with a bottleneck. Each section "
-    "below was computed on this machine by the command that it shows."
+    "jaxrl-suite makes four recent papers real in JAX: reward-free exploration in linear mixture MDPs, parallel "
+    "folding of mixture-of-experts models, reward weights that learn, and minimum entropy couplings with a bottleneck. "
+    "Each section below was computed on this machine by the command that it shows."
 )
 
 
@@ -48,7 +48,9 @@ def main(arguments: Sequence[str]) -> int:
         for _, study in selected:
             if preset not in study.presets:
                 raise UsageError(f"--preset={preset}: {study.name} has {', '.join(study.presets)}.")
-        workdir = _enter(choose_workdir(Settings(workdir=options.workdir, resume=options.resume), "tour"), options.resume)
+        workdir = _enter(
+            choose_workdir(Settings(workdir=options.workdir, resume=options.resume), "tour"), options.resume
+        )
     except (UsageError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -99,8 +101,8 @@ def command_of(family: str, study: Study, preset: str, seed: int) -> list[str]:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.tour",
-        description="Runs one study of each family and writes WORKDIR/report.html, a page with a figure, the numbers and "
-        "the exact command of each. A few minutes on two cores.",
+        description="Runs one study of each family and writes WORKDIR/report.html, a page with a figure, the numbers "
+        "and the exact command of each. A few minutes on two cores.",
         epilog="Example: python -m experiments.tour --only=coupling,pareto --preset=smoke",
     )
     parser.add_argument("--all", action="store_true", help="every study of the toolkit, at smoke size unless --preset")
@@ -121,7 +123,7 @@ def _enter(workdir: Path, resume: bool) -> Path:
         probe.unlink()
     except OSError as error:
         raise UsageError(
-            f"--workdir={workdir}: cannot be written ({error.strerror}). Choose a folder that you may write to."
+            f"--workdir={workdir}: cannot be written ({error.strerror}). Choose a folder that you may write."
         ) from None
     if any(workdir.iterdir()) and not resume:
         raise UsageError(

@@ -106,9 +106,9 @@ def relative_gradient_error(algorithm: Algorithm, key: jax.Array, *, step: float
     make_tangent = algorithm.tangent or _gaussian_tangent
     directions = [make_tangent(k, point) for k in jax.random.split(tangent_key, 3)]
     evaluate = jax.jit(scalar)
-    numeric = np.array([
-        (evaluate(*_shift(point, d, step)) - evaluate(*_shift(point, d, -step))) / (2 * step) for d in directions
-    ])
+    numeric = np.array(
+        [(evaluate(*_shift(point, d, step)) - evaluate(*_shift(point, d, -step))) / (2 * step) for d in directions]
+    )
     gradient_function = jax.grad(scalar, argnums=tuple(range(len(positions))))
     gradient = jax.jit(gradient_function)(*point)
     reverse = np.array([_inner(gradient, d) for d in directions])
