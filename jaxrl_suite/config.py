@@ -109,10 +109,12 @@ class Config:
         """
         _check_names(cls, values)
         hints = typing.get_type_hints(cls)
-        return cls(**{
-            name: hints[name].from_dict(value) if isinstance(value, Mapping) and _is_config(hints[name]) else value
-            for name, value in values.items()
-        })
+        return cls(
+            **{
+                name: hints[name].from_dict(value) if isinstance(value, Mapping) and _is_config(hints[name]) else value
+                for name, value in values.items()
+            }
+        )
 
 
 def _is_config(annotation: Any) -> bool:
@@ -122,4 +124,6 @@ def _is_config(annotation: Any) -> bool:
 def _check_names(cls: type[Config], values: Mapping[str, Any]) -> None:
     known = [item.name for item in dataclasses.fields(cls)]
     for name in values:
-        check(name in known, argument=cls.__name__, value=name, rule="unknown field", remedy=f"Fields: {', '.join(known)}")
+        check(
+            name in known, argument=cls.__name__, value=name, rule="unknown field", remedy=f"Fields: {', '.join(known)}"
+        )

@@ -27,13 +27,15 @@ class Settings(Config):
     log_every: int = field(0, help="steps between log lines and progress updates; 0 lets the study choose")
     checkpoint_every: int = field(0, help="steps between checkpoints; 0 lets the study choose")
     metrics: str = field("jsonl", help="comma list of console, jsonl, csv, tensorboard, wandb")
-    num_cpu_devices: int = field(0, help="virtual CPU devices; 0 takes what the study asks for")
+    num_cpu_devices: int = field(
+        0, help="virtual CPU devices; 0 takes what the study asks for, -1 the accelerators there are"
+    )
     x64: bool | None = field(None, help="float64; none takes what the study asks for")
     debug: bool = field(False, help="stop at the first NaN and at the first random key used twice")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, low in (("num_seeds", 1), ("log_every", 0), ("checkpoint_every", 0), ("num_cpu_devices", 0)):
+        for name, low in (("num_seeds", 1), ("log_every", 0), ("checkpoint_every", 0), ("num_cpu_devices", -1)):
             if getattr(self, name) < low:
                 raise ValueError(f"--{name}={getattr(self, name)}: must be at least {low}.")
 

@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -16,28 +16,35 @@ from jaxrl_suite.io.checkpoint import CheckpointError
 
 
 def launch(family: str, arguments: Sequence[str] | None = None) -> None:
-    """Runs the study that the command line names, prints its numbers, and exits: 0 done, 2 bad usage or bad input."""
+    """Runs the study that the command line names, or lists the studies of the family."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name, rest = _take_study(arguments)
+    if name is None:
+        _list_studies(family, asked=_asks_help(rest))
+        return
     try:
-        name, rest = _take_study(arguments)
-        if name is None:
-            _list_studies(family, asked="--helpshort" in rest or "--help" in rest)
-            return
         study = load_study(family, name)
-        if "--helpshort" in rest or "--help" in rest:
-            print(help_text(family, study, full="--help" in rest))
-            return
-        settings, overrides = parse_flags(study, rest)
+    except ValueError as error:
+        _fail(error)
+    launch_study(family, study, rest)
+
+
+def launch_study(family: str, study: Study, arguments: Sequence[str]) -> None:
+    """Flags -> configuration -> run; prints the numbers. Exits with 2 on bad usage or bad input, in one line."""
+    if _asks_help(arguments):
+        print(help_text(family, study, full="--help" in arguments))
+        return
+    try:
+        settings, overrides = parse_flags(study, arguments)
         config, hparams = study.configure(settings.preset, overrides)
         prepare_jax(study, settings)
-        command = shlex.join(["python", "-m", f"experiments.{family}.launch", *arguments])
-        result, workdir = run_study(family, study, config, hparams, settings, command=command)
+        words = ["python", "-m", f"experiments.{family}.launch", f"--study={study.name}", *arguments]
+        result, workdir = run_study(family, study, config, hparams, settings, command=shlex.join(words))
     except (UsageError, ValueError, OSError, ImportError, CheckpointError) as error:
         # What a user can mend comes as one line; --debug shows where it was raised.
         if "--debug" in arguments:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error)
     print_result(study, result)
     print(f"\nwritten to {os.path.relpath(workdir)}")
 
@@ -53,6 +60,8 @@ def prepare_jax(study: Study, settings: Settings) -> None:
         raise UsageError(f'{study.name} needs {module}. Install it: python -m pip install "jaxrl-suite[{extra}]"')
     devices = settings.num_cpu_devices or study.num_cpu_devices
     if devices > 1:
+        if "JAX_PLATFORMS" not in os.environ:  # the devices are virtual CPUs also where there is one GPU or TPU
+            jax.config.update("jax_platforms", "cpu")
         try:
             jax.config.update("jax_num_cpu_devices", devices)
         except RuntimeError:  # the backend runs already, as in a notebook
@@ -108,4 +117,13 @@ def _list_studies(family: str, *, asked: bool) -> None:
         print("\n".join(lines))
         return
     print("error: --study is missing. Choose one:\n\n" + "\n".join(lines), file=sys.stderr)
+    sys.exit(2)
+
+
+def _asks_help(arguments: Sequence[str]) -> bool:
+    return not {"--help", "-help", "-h", "--helpshort", "-helpshort"}.isdisjoint(arguments)
+
+
+def _fail(error: Exception) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

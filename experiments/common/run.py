@@ -109,7 +109,8 @@ class Run:
             state, saved = checkpoint.restore_checkpoint(folder, state)
             start, self._metrics_bytes = int(saved["step"]), int(saved["metrics_bytes"])
         saved_at = start
-        with progress.ProgressBar(name.replace("_", " "), total=num_steps, completed=start) as bar:
+        with progress.ProgressBar(name.replace("_", " "), total=num_steps) as bar:
+            bar.advance(start)
             while start < num_steps:
                 length = min(chunk, num_steps - start)
                 began = time.perf_counter()
@@ -140,7 +141,7 @@ class Run:
         """Values of a metric in the order in which they were logged, ``[steps]`` or ``[steps, lanes]`` with seeds."""
         lines = [line for line in metrics.read_jsonl(self.workdir / "metrics.jsonl") if path in line]
         steps = sorted({line["step"] for line in lines})
-        values = np.array([np.nan if line[path] is None else line[path] for line in lines], float)
+        values = np.array([line[path] for line in lines], float)
         return (
             values.reshape(len(steps), -1).squeeze(-1) if len(values) == len(steps) else values.reshape(len(steps), -1)
         )

@@ -4,6 +4,7 @@ A process of its own, because the number of devices and float64 are fixed when J
 """
 
 import argparse
+import base64
 import os
 import re
 import shlex
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.common.flags import Settings, UsageError
-from experiments.common.launch import format_value
 from experiments.common.run import choose_workdir
 from experiments.common.study import Study, all_studies
 from jaxrl_suite.io import files, profiling, report
@@ -33,6 +33,7 @@ class Outcome(NamedTuple):
     family: str
     study: Study
     preset: str
+    seed: int
     workdir: Path
     status: str  # "done", "kept" (finished before) or "failed"
     seconds: float
@@ -144,8 +145,8 @@ def _run(family: str, study: Study, preset: str, seed: int, workdir: Path) -> Ou
     seconds = time.perf_counter() - began
     if code == 0:
         seconds = float(files.read_json(workdir / "summary.json")["seconds"]) if finished else seconds
-        return Outcome(family, study, preset, workdir, "kept" if finished else "done", seconds, None)
-    return Outcome(family, study, preset, workdir, "failed", seconds, tail or f"exit code {code}")
+        return Outcome(family, study, preset, seed, workdir, "kept" if finished else "done", seconds, None)
+    return Outcome(family, study, preset, seed, workdir, "failed", seconds, tail or f"exit code {code}")
 
 
 def _call(words: list[str]) -> tuple[int, str]:
@@ -178,19 +179,27 @@ def _section(outcome: Outcome) -> report.Section:
     numbers, figures, study = {}, {}, outcome.study
     if outcome.error is None:
         numbers = files.read_json(outcome.workdir / "summary.json")["summary"]
-        figures = {path.stem: path for path in sorted((outcome.workdir / "plots").glob("*.svg"))}
-    headline = ", ".join(f"{name} {format_value(numbers[name])}" for name in study.headline if name in numbers)
+        for path in sorted((outcome.workdir / "plots").glob("*.svg")):
+            figures[path.stem.replace("_", " ")] = _data_uri(path)
     return report.Section(
-        title=f"{outcome.family}/{study.name}",
+        title=f"{outcome.family} / {study.name}",
         summary=study.summary,
-        command=shlex.join(command_of(outcome.family, study, outcome.preset, 0)),
-        status=outcome.status,
+        command=shlex.join(command_of(outcome.family, study, outcome.preset, outcome.seed)),
+        status="failed" if outcome.error else "finished",
         seconds=outcome.seconds,
         figures=figures,
         numbers=numbers,
         error=outcome.error,
-        headline=headline,
+        headline=study.headline,
     )
+
+
+def _data_uri(path: Path, *, max_svg_bytes: int = 300_000) -> str:
+    """The picture inlined: as SVG, or as the PNG beside it where the SVG is large."""
+    if path.stat().st_size > max_svg_bytes:
+        path = path.with_suffix(".png")
+    kind = "svg+xml" if path.suffix == ".svg" else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _write(workdir: Path, outcomes: Sequence[Outcome]) -> None:

@@ -85,7 +85,9 @@ def draw_token(key: PRNGKey, logits: Array, *, block: int = 256) -> Array:
         int32 [] or [B], drawn entries.
     """
     if logits.ndim == 2:
-        uniform = jax.vmap(lambda k: jax.random.uniform(k))(key) if key.ndim else jax.random.uniform(key, logits.shape[:1])
+        uniform = (
+            jax.vmap(lambda k: jax.random.uniform(k))(key) if key.ndim else jax.random.uniform(key, logits.shape[:1])
+        )
         return jax.vmap(lambda u, row: _inverse_cdf(u, row, block))(uniform, logits)
     return _inverse_cdf(jax.random.uniform(key), logits, block)
 
