@@ -40,15 +40,73 @@ head/table                          [V, D]           unless tied_head
 =================================== ================ ==================================================
 """
 
+from jaxrl_suite.lm.attention import attention_with_normaliser, blockwise_attend
+from jaxrl_suite.lm.byte_tokenizer import ByteTokenizer
 from jaxrl_suite.lm.config import LanguageModelConfig, named_config
+from jaxrl_suite.lm.decoder import (
+    apply,
+    block,
+    block_with_state,
+    embed,
+    final_norm,
+    forward,
+    head,
+    head_table,
+    layer_groups,
+    logits_of,
+    rematerialised,
+    sequence_positions,
+)
+from jaxrl_suite.lm.feed_forward import (
+    RouterOutput,
+    default_feed_forward,
+    dense_feed_forward,
+    router_logits,
+    shared_expert,
+    sparse_feed_forward,
+    swiglu,
+)
+from jaxrl_suite.lm.layers import project, rms_norm, vary_like
 from jaxrl_suite.lm.parameters import flatten, init_params, num_parameters, parameter_shapes, unflatten
+from jaxrl_suite.lm.rope import rope_frequencies, rope_tables, rotate
+from jaxrl_suite.lm.routing import route, top_k_indices
 
 __all__ = [
+    "ByteTokenizer",
     "LanguageModelConfig",
+    "RouterOutput",
+    "apply",
+    "attention_with_normaliser",
+    "block",
+    "block_with_state",
+    "blockwise_attend",
+    "default_feed_forward",
+    "dense_feed_forward",
+    "embed",
+    "final_norm",
     "flatten",
+    "forward",
+    "head",
+    "head_table",
     "init_params",
+    "layer_groups",
+    "logits_of",
     "named_config",
     "num_parameters",
     "parameter_shapes",
+    "project",
+    "rematerialised",
+    "rms_norm",
+    "rope_frequencies",
+    "rope_tables",
+    "rotate",
+    "route",
+    "router_logits",
+    "sequence_positions",
+    "shared_expert",
+    "sparse_feed_forward",
+    "swiglu",
+    "top_k_indices",
     "unflatten",
+    "vary_like",
 ]

@@ -7,9 +7,6 @@ import jax.numpy as jnp
 
 from jaxrl_suite.config import Config, check, field
 
-Family = Literal["llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"]
-DType = Literal["float32", "bfloat16", "float16", "float64"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageModelConfig(Config):
@@ -19,7 +16,9 @@ class LanguageModelConfig(Config):
     of its own. ``num_experts = 0`` is a dense model, otherwise every layer is sparse.
     """
 
-    family: Family = field("llama", help="naming scheme of stored weights")
+    family: Literal["llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"] = field(
+        "llama", help="naming scheme of stored weights"
+    )
     vocab_size: int = field(256, help="V, number of tokens")
     width: int = field(64, help="D, width of the residual stream")
     num_layers: int = field(2, help="L, number of blocks")
@@ -61,7 +60,7 @@ class LanguageModelConfig(Config):
     router_dtype: Literal["float32", "float64"] = field("float32", help="lowest precision of the router")
 
     init_std: float = field(0.02, help="standard deviation of initial matrices")
-    param_dtype: DType = field("float32", help="dtype of new parameters")
+    param_dtype: Literal["float32", "bfloat16", "float16", "float64"] = field("float32", help="dtype of new parameters")
     compute_dtype: Literal["param", "float32", "bfloat16", "float16", "float64"] = field(
         "param", help="dtype of activations and products; 'param' follows the parameters"
     )
@@ -76,7 +75,7 @@ class LanguageModelConfig(Config):
         self._check(self.head_dim % 2 == 0, "head_dim", "must be even, since the rotation pairs dimensions")
         self._check(self.norm_eps > 0, "norm_eps", "must be positive")
         self._check(self.sliding_window is None or self.sliding_window > 0, "sliding_window", "must be positive")
-        self._check(0 <= self.first_window_layer, "first_window_layer", "must not be negative")
+        self._check(self.first_window_layer >= 0, "first_window_layer", "must not be negative")
         self._check(self.rope_factor >= 1, "rope_factor", "must be at least 1")
         self._check(self.num_experts >= 0, "num_experts", "must not be negative")
         if self.num_experts:
@@ -118,35 +117,155 @@ class LanguageModelConfig(Config):
 
 # Shapes from the public configuration files of these models.
 _NAMED = {
-    "smollm2-135m": dict(vocab_size=49152, width=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,
-                         ffn_width=1536, rope_theta=1e5, max_length=8192),
-    "llama-3-8b": dict(vocab_size=128256, width=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
-                       ffn_width=14336, rope_theta=5e5, tied_head=False, max_length=8192),
-    "llama-3-70b": dict(vocab_size=128256, width=8192, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128,
-                        ffn_width=28672, rope_theta=5e5, tied_head=False, max_length=8192),
-    "mistral-7b": dict(family="mistral", vocab_size=32000, width=4096, num_layers=32, num_heads=32, num_kv_heads=8,
-                       head_dim=128, ffn_width=14336, tied_head=False, max_length=32768, sliding_window=4096),
-    "mixtral-8x7b": dict(family="mixtral", vocab_size=32000, width=4096, num_layers=32, num_heads=32, num_kv_heads=8,
-                         head_dim=128, ffn_width=14336, rope_theta=1e6, tied_head=False, max_length=32768,
-                         num_experts=8, experts_per_token=2),
-    "mixtral-8x22b": dict(family="mixtral", vocab_size=32768, width=6144, num_layers=56, num_heads=48, num_kv_heads=8,
-                          head_dim=128, ffn_width=16384, rope_theta=1e6, tied_head=False, max_length=65536,
-                          num_experts=8, experts_per_token=2),
-    "mixtral-8x22b-g8t8": dict(family="mixtral", vocab_size=32768, width=6144, num_layers=56, num_heads=48,
-                               num_kv_heads=8, head_dim=128, ffn_width=16384, rope_theta=1e6, tied_head=False,
-                               max_length=65536, num_experts=64, experts_per_token=8, expert_width=2048),
-    "llama3-8x70b": dict(family="mixtral", vocab_size=128256, width=8192, num_layers=80, num_heads=64, num_kv_heads=8,
-                         head_dim=128, ffn_width=28672, rope_theta=5e5, tied_head=False, max_length=8192,
-                         num_experts=8, experts_per_token=2),
-    "qwen2-57b-a14b": dict(family="qwen2_moe", vocab_size=151936, width=3584, num_layers=28, num_heads=28,
-                           num_kv_heads=4, head_dim=128, ffn_width=18944, rope_theta=1e6, tied_head=False,
-                           norm_eps=1e-6, qkv_bias=True, max_length=131072, num_experts=64, experts_per_token=8,
-                           expert_width=2560, shared_width=20480, shared_gate=True, router_normalize=False),
-    "qwen3-30b-a3b": dict(family="qwen3_moe", vocab_size=151936, width=2048, num_layers=48, num_heads=32,
-                          num_kv_heads=4, head_dim=128, ffn_width=6144, rope_theta=1e6, tied_head=False,
-                          norm_eps=1e-6, qk_norm=True, max_length=40960, num_experts=128, experts_per_token=8,
-                          expert_width=768),
-}  # fmt: skip
+    "smollm2-135m": LanguageModelConfig(
+        vocab_size=49152,
+        width=576,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        ffn_width=1536,
+        rope_theta=1e5,
+        max_length=8192,
+    ),
+    "llama-3-8b": LanguageModelConfig(
+        vocab_size=128256,
+        width=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        ffn_width=14336,
+        rope_theta=5e5,
+        tied_head=False,
+        max_length=8192,
+    ),
+    "llama-3-70b": LanguageModelConfig(
+        vocab_size=128256,
+        width=8192,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        ffn_width=28672,
+        rope_theta=5e5,
+        tied_head=False,
+        max_length=8192,
+    ),
+    "mistral-7b": LanguageModelConfig(
+        family="mistral",
+        vocab_size=32000,
+        width=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        ffn_width=14336,
+        tied_head=False,
+        max_length=32768,
+        sliding_window=4096,
+    ),
+    "mixtral-8x7b": LanguageModelConfig(
+        family="mixtral",
+        vocab_size=32000,
+        width=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        ffn_width=14336,
+        rope_theta=1e6,
+        tied_head=False,
+        max_length=32768,
+        num_experts=8,
+        experts_per_token=2,
+    ),
+    "mixtral-8x22b": LanguageModelConfig(
+        family="mixtral",
+        vocab_size=32768,
+        width=6144,
+        num_layers=56,
+        num_heads=48,
+        num_kv_heads=8,
+        head_dim=128,
+        ffn_width=16384,
+        rope_theta=1e6,
+        tied_head=False,
+        max_length=65536,
+        num_experts=8,
+        experts_per_token=2,
+    ),
+    "mixtral-8x22b-g8t8": LanguageModelConfig(
+        family="mixtral",
+        vocab_size=32768,
+        width=6144,
+        num_layers=56,
+        num_heads=48,
+        num_kv_heads=8,
+        head_dim=128,
+        ffn_width=16384,
+        rope_theta=1e6,
+        tied_head=False,
+        max_length=65536,
+        num_experts=64,
+        experts_per_token=8,
+        expert_width=2048,
+    ),
+    "llama3-8x70b": LanguageModelConfig(
+        family="mixtral",
+        vocab_size=128256,
+        width=8192,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        ffn_width=28672,
+        rope_theta=5e5,
+        tied_head=False,
+        max_length=8192,
+        num_experts=8,
+        experts_per_token=2,
+    ),
+    "qwen2-57b-a14b": LanguageModelConfig(
+        family="qwen2_moe",
+        vocab_size=151936,
+        width=3584,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        head_dim=128,
+        ffn_width=18944,
+        rope_theta=1e6,
+        tied_head=False,
+        norm_eps=1e-6,
+        qkv_bias=True,
+        max_length=131072,
+        num_experts=64,
+        experts_per_token=8,
+        expert_width=2560,
+        shared_width=20480,
+        shared_gate=True,
+        router_normalize=False,
+    ),
+    "qwen3-30b-a3b": LanguageModelConfig(
+        family="qwen3_moe",
+        vocab_size=151936,
+        width=2048,
+        num_layers=48,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=128,
+        ffn_width=6144,
+        rope_theta=1e6,
+        tied_head=False,
+        norm_eps=1e-6,
+        qk_norm=True,
+        max_length=40960,
+        num_experts=128,
+        experts_per_token=8,
+        expert_width=768,
+    ),
+}
 
 
 def named_config(name: str, **changes: object) -> LanguageModelConfig:
@@ -163,4 +282,4 @@ def named_config(name: str, **changes: object) -> LanguageModelConfig:
     8
     """
     check(name in _NAMED, argument="name", value=name, rule="unknown model", remedy=f"Known: {', '.join(_NAMED)}")
-    return LanguageModelConfig(**_NAMED[name]).replace(**changes)  # pyrefly: ignore[bad-argument-type]
+    return _NAMED[name].replace(**changes)

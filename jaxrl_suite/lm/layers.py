@@ -1,0 +1,79 @@
+"""The small pieces of a block: RMSNorm, projections with wide accumulation, and a cast between varying types."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_suite.types import Array
+
+
+def wide(dtype: Any, lowest: str = "float32") -> jnp.dtype:
+    """The dtype in which sums of ``dtype`` are taken: at least ``lowest``."""
+    return jnp.promote_types(dtype, lowest)
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, computed in float32 at least.
+
+    Args:
+        x: [..., D].
+        scale: [D].
+        eps: added to the mean square.
+
+    Returns:
+        [..., D] in the dtype of ``x``.
+
+    References:
+        Zhang and Sennrich (2019), arXiv 1910.07467, equation 4.
+    """
+    y = x.astype(wide(x.dtype))
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + jnp.asarray(eps, y.dtype))
+    scale = scale.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    return (y * scale).astype(x.dtype)
+
+
+def project(x: Array, kernel: Array, *, num_inputs: int = 1, accumulate: str = "float32") -> Array:
+    """Contracts the last ``num_inputs`` axes of ``x`` with the first of ``kernel``.
+
+    Args:
+        x: [..., *inputs].
+        kernel: [*inputs, *outputs], cast to the dtype of ``x``.
+        num_inputs: number of contracted axes.
+        accumulate: lowest dtype of the sums.
+
+    Returns:
+        [..., *outputs] in the dtype of ``x``.
+    """
+    # One 2-D product: XLA's CPU backend has a fast path for exactly that.
+    inputs, outputs = kernel.shape[:num_inputs], kernel.shape[num_inputs:]
+    size = kernel.size // max(1, _product(outputs))
+    rows = x.reshape(-1, size)
+    y = jax.lax.dot_general(
+        rows,
+        kernel.astype(x.dtype).reshape(size, -1),
+        (((1,), (0,)), ((), ())),
+        preferred_element_type=wide(x.dtype, accumulate),
+    )
+    return y.astype(x.dtype).reshape(*x.shape[: x.ndim - len(inputs)], *outputs)
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def vary_like(x: Array, *others: Array) -> Array:
+    """``x`` as varying over every manual mesh axis over which one of ``others`` varies; a no-op outside shard_map.
+
+    A scan inside ``shard_map`` wants its initial carry to vary over the same axes as what its body returns, and a
+    custom derivative wants all its arguments to. The cast's transpose is the sum over those axes.
+    """
+    axes: frozenset[str] = frozenset().union(*(_varying(other) for other in others)) - _varying(x)
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+
+
+def _varying(x: Array) -> frozenset[str]:
+    return frozenset(getattr(jax.typeof(x), "vma", ()) or ())
