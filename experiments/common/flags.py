@@ -70,7 +70,7 @@ def parse_flags(study: Study, arguments: Sequence[str]) -> tuple[Settings, dict[
         raise UsageError(f"{error} Run with --helpshort to see the flags.") from None
     if stray:
         raise UsageError(f"{stray[0]!r} is not a flag: write --name=value. Run with --helpshort to see the flags.")
-    given = {name: values[name].value for name in values if values[name].present}
+    given: dict[str, Any] = {name: values[name].value for name in values if values[name].present}
     hints = {item.name: annotation for item, annotation in [*_fields(Settings), *_fields(study.config)]}
     for name, value in given.items():
         given[name] = _numbers(name, value) if name not in hints else _convert(name, value, hints[name])

@@ -204,7 +204,7 @@ def run_study(
         "preset": settings.preset,
         "seed": settings.seed,
         "num_seeds": settings.num_seeds,
-        "x64": bool(jax.config.jax_enable_x64),
+        "x64": jax.dtypes.canonicalize_dtype(np.float64) == np.float64,
         "config": config.to_dict(),
         "hparams": {} if hparams is None else {name: value.tolist() for name, value in hparams._asdict().items()},
     }

@@ -72,7 +72,7 @@ def check_one_trace(algorithm: Algorithm, key: jax.Array) -> None:
 def check_dtype_kept(algorithm: Algorithm, key: jax.Array) -> None:
     """Float outputs have the dtype of the widest float input; checked abstractly for float32 and, with x64, float64."""
     arguments = algorithm.example(key)
-    widths = [jnp.float32, jnp.float64] if jax.config.jax_enable_x64 else [jnp.float32]
+    widths = [jnp.float32, jnp.float64] if _has_float64() else [jnp.float32]
     for dtype in widths:
         cast = jax.tree.map(lambda x, d=dtype: jnp.asarray(x).astype(d) if _is_float(x) else x, arguments)
         for leaf in jax.tree.leaves(jax.eval_shape(algorithm.function, *cast)):
@@ -133,7 +133,7 @@ def check_gradients(algorithm: Algorithm, key: jax.Array, *, step: float = 1e-6,
         step: step of the central difference.
         bound: largest relative error allowed; the table's "gradient" entry by default.
     """
-    assert jax.config.jax_enable_x64, "finite differences need float64: run with JAX_ENABLE_X64=1"
+    assert _has_float64(), "finite differences need float64: run with JAX_ENABLE_X64=1"
     bound = tolerance("gradient", jnp.float64) if bound is None else bound
     for kind, error in relative_gradient_error(algorithm, key, step=step).items():
         assert error <= bound, f"{algorithm.name}: relative error of {kind} is {error:.2e}, above {bound:.0e}"
@@ -175,6 +175,10 @@ def check_save_restore(state: Any, advance: Callable[[Any], Any], save_restore: 
 def public_names_without_docstring(module: Any) -> list[str]:
     """Names in ``__all__`` of a package whose function or class has no docstring."""
     return [name for name in module.__all__ if not inspect.getdoc(getattr(module, name))]
+
+
+def _has_float64() -> bool:
+    return jax.dtypes.canonicalize_dtype(np.float64) == np.float64
 
 
 def _is_float(leaf: Any) -> bool:
