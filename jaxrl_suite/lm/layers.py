@@ -76,4 +76,4 @@ def vary_like(x: Array, *others: Array) -> Array:
 
 
 def _varying(x: Array) -> frozenset[str]:
-    return frozenset(getattr(jax.typeof(x), "vma", ()) or ())
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
