@@ -93,9 +93,14 @@ def select(studies, *, everything: bool = False, only: str = "") -> list[tuple[s
     return chosen
 
 
+def module_of(family: str) -> str:
+    """The module that launches the studies of a family."""
+    return f"experiments.{family}.launch"
+
+
 def command_of(family: str, study: Study, preset: str, seed: int) -> list[str]:
     """The command that repeats a study by itself."""
-    words = ["python", "-m", f"experiments.{family}.launch", f"--study={study.name}", f"--preset={preset}"]
+    words = ["python", "-m", module_of(family), f"--study={study.name}", f"--preset={preset}"]
     return words + ([f"--seed={seed}"] if seed else [])
 
 
@@ -157,21 +162,21 @@ def _call(words: list[str]) -> tuple[int, str]:
     terminal = sys.stderr.isatty()
     if terminal:  # rich draws into a pipe only when told that a terminal is behind it
         environment |= {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1", "COLUMNS": str(os.get_terminal_size(2).columns)}
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    tail = b""
-    try:
-        while piece := os.read(process.stderr.fileno(), 4096):
-            tail = (tail + piece)[-8192:]
-            if terminal:
-                sys.stderr.buffer.write(piece)
-                sys.stderr.buffer.flush()
-    except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
-        raise
+    with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        tail = b""
+        try:
+            while piece := os.read(process.stderr.fileno(), 4096):
+                tail = (tail + piece)[-8192:]
+                if terminal:
+                    sys.stderr.buffer.write(piece)
+                    sys.stderr.buffer.flush()
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
+        code = process.wait()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", tail.decode(errors="replace")).replace("\r", "\n")
-    return process.wait(), "\n".join(line for line in text.splitlines() if line.strip())
+    return code, "\n".join(line for line in text.splitlines() if line.strip())
 
 
 def _section(outcome: Outcome) -> report.Section:

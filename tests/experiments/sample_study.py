@@ -89,4 +89,4 @@ STUDY = Study(
 )
 
 if __name__ == "__main__":
-    launch_study("sample", STUDY, sys.argv[1:])
+    launch_study("sample", STUDY, [word for word in sys.argv[1:] if not word.startswith("--study=")])
