@@ -16,16 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_suite.io import files
+from jaxrl_suite.io import files, leaves
 
 _STEP = re.compile(r"step_(\d{12})(?:\.(\d+))?")
 _TEMPORARY = re.compile(r"\.writing_\d{12}_(\d+)_[0-9a-f]+")
 _FORMAT = 1
-_SCALARS = (bool, int, float, complex, str)
 _log = logging.getLogger(__name__)
 _own: set[Path] = set()  # what this very process is writing at this moment
 
@@ -70,14 +67,14 @@ def save_checkpoint(
     if keep < 1:
         raise ValueError(f"keep={keep!r}: must be at least 1, or nothing would be left to resume from.")
     folder, step = Path(os.path.abspath(folder)), int(step)
-    entries, arrays = _disassemble(state)
+    entries, arrays = leaves.disassemble(state)
     manifest = {"format": _FORMAT, "step": step, "metadata": files.plain(dict(metadata or {})), "leaves": entries}
     temporary = folder / f".writing_{step:012d}_{os.getpid()}_{secrets.token_hex(4)}"
     _own.add(temporary)
     try:
         temporary.mkdir(parents=True)
         if arrays:
-            _orbax_save(temporary / "arrays", arrays)
+            _save_arrays(temporary / "arrays", arrays)
         manifest["files"] = _seal(temporary)
         files.write_json(temporary / "manifest.json", manifest)
         _sync_folders(temporary)
@@ -100,6 +97,13 @@ def save_checkpoint(
         if superseded or (order[0] not in kept and order[0] != step):
             _delete(path)
     return target
+
+
+def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    try:
+        leaves.save_arrays(path, arrays)
+    except ValueError as error:  # how tensorstore reports a full or forbidden disk
+        raise OSError(_first_line(error)) from error
 
 
 def latest_step(folder: str | os.PathLike[str]) -> int | None:
@@ -150,12 +154,19 @@ def restore_checkpoint(
         except _Damage as damage:
             problems.append(f"{path.name}: {damage}")
             continue
-        _compare(path, manifest["leaves"], template)
+        difference = leaves.first_difference(manifest["leaves"], template)
+        if difference:
+            raise CheckpointError(
+                f"{path}: {difference}. Resume with the configuration and code that saved it, "
+                "or start in another folder."
+            )
         try:
-            state = _assemble(path, manifest["leaves"], template, sharding)
-        except (OSError, ValueError, KeyError) as error:
-            problems.append(f"{path.name}: orbax cannot read it ({_first_line(error)})")
-            continue
+            state = leaves.assemble(path, manifest["leaves"], template, sharding)
+        except Exception as error:  # its files are those that were written, so an older one would do no better
+            raise CheckpointError(
+                f"{path}: is whole, but cannot be put on the devices ({_first_line(error)}). "
+                "Check that sharding and template fit the shapes and the devices of this process."
+            ) from error
         if problems:
             _warn_fallback(folder, problems, order[0])
         return state, {"step": manifest["step"], **manifest["metadata"]}
@@ -182,171 +193,6 @@ def _warn_fallback(folder: Path, problems: list[str], step: int) -> None:
 
 class _Damage(Exception):
     """What is wrong with one checkpoint."""
-
-
-# --- leaves ----------------------------------------------------------------------------------------------------------
-
-
-def _leaf_paths(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path) or "(the state itself)", leaf) for path, leaf in leaves], structure
-
-
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _describe(name: str, leaf: Any) -> dict[str, Any]:
-    """Manifest entry of a leaf: kind, shape and dtype."""
-    if isinstance(leaf, _SCALARS) and not isinstance(leaf, np.generic):
-        return {"name": name, "kind": type(leaf).__name__}
-    if _is_key(leaf):
-        return {"name": name, "kind": "key", "shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-        dtype = np.dtype(leaf.dtype)
-        if dtype.kind not in "OSUMm":
-            return {"name": name, "kind": "array", "shape": list(leaf.shape), "dtype": dtype.name}
-    raise ValueError(
-        f"state{name}: {type(leaf).__name__} {leaf!r:.60} cannot be saved. Keep arrays, PRNG keys, numbers and text."
-    )
-
-
-def _disassemble(state: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Manifest entries of all leaves, and the arrays that orbax stores under ``leaf_00000`` and so on."""
-    entries, arrays = [], {}
-    for index, (name, leaf) in enumerate(_leaf_paths(state)[0]):
-        entry = _describe(name, leaf)
-        if "shape" not in entry:
-            entry["value"] = repr(leaf) if isinstance(leaf, float | complex) else leaf
-        elif 0 not in entry["shape"]:  # orbax refuses arrays without elements; their shape says it all
-            if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-                raise ValueError(f"state{name}: has shards on other processes. Save from a run of a single process.")
-            arrays[_array_name(index)] = jax.random.key_data(leaf) if entry["kind"] == "key" else _as_array(leaf)
-        if entry["kind"] == "key":
-            entry["implementation"] = str(jax.random.key_impl(leaf))
-        entries.append(entry)
-    return entries, arrays
-
-
-def _array_name(index: int) -> str:
-    return f"leaf_{index:05d}"
-
-
-def _as_array(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-
-
-def _compare(path: Path, saved: list[dict[str, Any]], template: Any) -> None:
-    """Raises a CheckpointError at the first leaf in which the checkpoint and the template differ."""
-    wanted = [_describe(name, leaf) for name, leaf in _leaf_paths(template)[0]]
-    remedy = "Resume with the configuration and code that saved it, or start in another folder."
-    saved_names, wanted_names = {entry["name"] for entry in saved}, {entry["name"] for entry in wanted}
-    for entry in wanted:
-        if entry["name"] not in saved_names:
-            raise CheckpointError(f"{path}: leaf {entry['name']} of the template is not in the checkpoint. {remedy}")
-    for entry in saved:
-        if entry["name"] not in wanted_names:
-            raise CheckpointError(f"{path}: leaf {entry['name']} of the checkpoint is not in the template. {remedy}")
-    for ours, theirs in zip(saved, wanted, strict=True):
-        for rule in ("name", "kind", "shape", "dtype"):
-            if ours.get(rule) != theirs.get(rule):
-                raise CheckpointError(
-                    f"{path}: leaf {ours['name']}: {rule} {ours.get(rule)} in the checkpoint, "
-                    f"{theirs.get(rule)} in the template. {remedy}"
-                )
-
-
-def _assemble(path: Path, entries: list[dict[str, Any]], template: Any, sharding: Any) -> Any:
-    """Reads the arrays and puts the tree together again, each leaf of the template's kind and place."""
-    named, structure = _leaf_paths(template)
-    leaves = [leaf for _, leaf in named]
-    places = _places(template, structure, leaves, sharding)
-    wanted = {
-        _array_name(index): places[index] if entry["kind"] == "array" else None  # key data is wrapped first
-        for index, entry in enumerate(entries)
-        if "shape" in entry and 0 not in entry["shape"]
-    }
-    arrays = _orbax_restore(path / "arrays", wanted) if wanted else {}
-    result = []
-    for index, (entry, leaf, place) in enumerate(zip(entries, leaves, places, strict=True)):
-        result.append(_rebuild(entry, leaf, place, arrays.get(_array_name(index))))
-    return jax.tree_util.tree_unflatten(structure, result)
-
-
-def _places(template: Any, structure: Any, leaves: list[Any], sharding: Any) -> list[Any]:
-    """One sharding a leaf; None for what stays on the host or goes uncommitted to the default device."""
-    if sharding is not None:
-        if isinstance(sharding, jax.sharding.Sharding):
-            chosen = [sharding] * len(leaves)
-        else:
-            chosen = jax.tree.leaves(
-                jax.tree.broadcast(sharding, template, is_leaf=lambda x: x is None), is_leaf=lambda x: x is None
-            )
-        return [place if _lives_on_device(leaf) else None for place, leaf in zip(chosen, leaves, strict=True)]
-    places = []
-    for leaf in leaves:
-        # An uncommitted array may meet arrays on any devices; committing it here would make later programs fail.
-        committed = not isinstance(leaf, jax.Array) or leaf.committed
-        places.append(getattr(leaf, "sharding", None) if _lives_on_device(leaf) and committed else None)
-    return places
-
-
-def _lives_on_device(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
-
-
-def _rebuild(entry: dict[str, Any], leaf: Any, place: Any, stored: Any) -> Any:
-    if "shape" not in entry:
-        kinds = {kind.__name__: kind for kind in _SCALARS}
-        return kinds[entry["kind"]](entry["value"])
-    if entry["kind"] == "key":
-        if stored is None:
-            words = jax.random.key_data(jax.random.key(0, impl=entry["implementation"])).shape
-            stored = np.zeros((*entry["shape"], *words), np.uint32)
-        keys = jax.random.wrap_key_data(jnp.asarray(stored), impl=entry["implementation"])
-        return keys if place is None else jax.device_put(keys, place)
-    if stored is None:
-        stored = np.zeros(entry["shape"], jnp.dtype(entry["dtype"]))
-        stored = stored if place is None else jax.device_put(stored, place)
-    if not _lives_on_device(leaf):
-        return stored[()] if isinstance(leaf, np.generic) else stored
-    return stored if isinstance(stored, jax.Array) else _like(stored, leaf)
-
-
-def _like(stored: np.ndarray, leaf: Any) -> jax.Array:
-    """An uncommitted array; of weak type where the template's is, so that programs are not compiled again."""
-    array = jnp.asarray(stored)
-    if not getattr(leaf, "weak_type", False):
-        return array
-    weak = jnp.full(array.shape, {"i": 0, "f": 0.0, "c": 0j}.get(stored.dtype.kind, 0))
-    return weak.at[...].set(array) if weak.dtype == array.dtype else array
-
-
-# --- orbax -----------------------------------------------------------------------------------------------------------
-
-
-def _orbax() -> Any:
-    import orbax.checkpoint  # takes a fifth of a second
-
-    return orbax.checkpoint
-
-
-def _orbax_save(path: Path, arrays: dict[str, Any]) -> None:
-    ocp = _orbax()
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(arrays))
-
-
-def _orbax_restore(path: Path, places: dict[str, Any]) -> dict[str, Any]:
-    ocp = _orbax()
-    arguments = {
-        name: ocp.RestoreArgs(restore_type=np.ndarray)
-        if place is None
-        else ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=place)
-        for name, place in places.items()
-    }
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -430,7 +276,10 @@ def _verified_manifest(path: Path) -> dict[str, Any]:
     except (files.FileError, KeyError, TypeError) as error:
         raise _Damage(f"its manifest.json is missing or damaged ({_first_line(error)})") from error
     if known[0] != _FORMAT:
-        raise _Damage(f"written in format {known[0]}, this version reads {_FORMAT}")
+        raise CheckpointError(
+            f"{path}: is in format {known[0]}, this version of jaxrl-suite reads {_FORMAT}. "
+            "Restore it with the version that wrote it."
+        )
     for name, (size, checksum) in manifest["files"].items():
         try:
             with (path / name).open("rb") as file:

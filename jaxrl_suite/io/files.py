@@ -80,14 +80,14 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Reads JSON.
+    """Reads JSON, with the strings "NaN", "Infinity" and "-Infinity" turned back into floats.
 
     Raises:
         FileError: the file is missing, unreadable or not JSON.
     """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return revive(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}. Check the path.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -125,6 +125,19 @@ def plain(value: Any) -> Any:
     raise TypeError(
         f"{type(value).__name__} cannot be written as JSON: {value!r:.80}. Pass numbers, text, lists, dicts."
     )
+
+
+def revive(value: Any) -> Any:
+    """Turns the strings that :func:`plain` makes of special floats back into floats.
+
+    >>> revive(["Infinity", {"loss": "-Infinity"}, "text"])
+    [inf, {'loss': -inf}, 'text']
+    """
+    if isinstance(value, dict):
+        return {key: revive(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [revive(item) for item in value]
+    return _SPECIAL.get(value, value) if isinstance(value, str) else value
 
 
 def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> Path:
@@ -165,6 +178,7 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 # np.savez has parameters of its own ("file", "allow_pickle"), which arrays of those names would hit.
 _PREFIX = "array:"
+_SPECIAL = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 
 
 def _storable(name: str, value: Any) -> np.ndarray:

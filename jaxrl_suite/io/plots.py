@@ -30,7 +30,6 @@ STYLE: dict[str, Any] = {
     "axes.labelsize": 11,
     "xtick.labelsize": 10,
     "ytick.labelsize": 10,
-    "legend.fontsize": 10,
     "figure.titlesize": 13,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -41,7 +40,6 @@ STYLE: dict[str, Any] = {
     "axes.edgecolor": "#444444",
     "lines.linewidth": 1.8,
     "lines.markersize": 6,
-    "legend.frameon": False,
     "svg.hashsalt": "jaxrl-suite",
 }
 
@@ -334,15 +332,26 @@ def pareto_front(
     where = "pre" if maximise else "post"
     axes.step(front[:, 0], front[:, 1], where=where, color=style["color"], linestyle=style["linestyle"], linewidth=1.4)
     if reference is not None:
-        corner = [front[0], front[-1]]
-        x = np.concatenate([[reference[0]], front[:, 0]] if maximise else [front[:, 0], [reference[0]]])
-        y = np.concatenate([[corner[0][1]], front[:, 1]] if maximise else [front[:, 1], [corner[1][1]]])
-        axes.fill_between(x, y, reference[1], step=where, color=style["color"], alpha=0.12, linewidth=0)
+        _shade(axes, front, np.asarray(reference, np.float64), maximise, style["color"])
     rest = points[~on_front]
     axes.plot(rest[:, 0], rest[:, 1], linestyle="", marker=style["marker"], color=style["color"], alpha=0.25)
     line = axes.plot(front[:, 0], front[:, 1], label=label, linestyle="", **{k: style[k] for k in ("color", "marker")})
     line[0].set_gid("series")
     return on_front
+
+
+def _shade(axes: "Axes", front: np.ndarray, reference: np.ndarray, maximise: bool, colour: str) -> None:
+    """Fills what the front dominates down (or up) to the reference; points that do not beat it add nothing."""
+    better = front > reference if maximise else front < reference
+    front = front[better.all(axis=1)]
+    if not len(front):
+        return
+    x, y = front.T
+    if maximise:
+        x, y = np.append(reference[0], x), np.append(y[0], y)
+    else:
+        x, y = np.append(x, reference[0]), np.append(y, y[-1])
+    axes.fill_between(x, y, reference[1], step="pre" if maximise else "post", color=colour, alpha=0.12, linewidth=0)
 
 
 def _render(figure: "Figure", form: str, dpi: int = 150) -> bytes:

@@ -96,6 +96,16 @@ def format_number(value: Any) -> str:
     return str(value)
 
 
+def _scaled(value: Any, unit: str) -> tuple[Any, str]:
+    """Bytes in the multiple that reads best, other units as they are."""
+    if unit == "B" and isinstance(value, int | float):
+        for larger in ("kB", "MB", "GB", "TB"):
+            if abs(value) < 1000:
+                break
+            value, unit = value / 1000, larger
+    return value, unit
+
+
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return "–"
@@ -111,7 +121,8 @@ def _headline(section: Section) -> str:
     for path in section.headline:
         if path in section.numbers:
             name, unit = split_unit(path)
-            parts.append(f"{name} {format_number(section.numbers[path])}{' ' + unit if unit else ''}")
+            value, unit = _scaled(section.numbers[path], unit)
+            parts.append(f"{name} {format_number(value)}{' ' + unit if unit else ''}")
     return ", ".join(parts)
 
 
@@ -183,13 +194,17 @@ def _section(section: Section, anchor: str) -> str:
     ]
     if section.error:
         parts.append(f'<pre class="error">{_text(section.error.strip())}</pre>')
-    if section.figures:
-        parts.append('<div class="figures">' + "".join(map(_figure, *zip(*section.figures.items()))) + "</div>")
-    if section.numbers:
-        parts.append(_numbers(section.numbers))
+    pictures = [_figure(caption, figure) for caption, figure in section.figures.items()]
+    numbers = _numbers(section.numbers) if section.numbers else ""
+    # A single figure leaves room for the numbers beside it.
+    parts.append(f'<div class="beside">{pictures[0]}{numbers}</div>' if len(pictures) == 1 and numbers else "")
+    if len(pictures) != 1 or not numbers:
+        parts += ['<div class="figures">', *pictures, "</div>", numbers]
+    # A word of the command is not broken, so that an option stays readable.
+    words = " ".join(f"<span>{_text(word)}</span>" for word in section.command.split(" "))
     parts.append(
         '<div class="command"><button type="button" aria-label="Copy the command">Copy</button>'
-        f"<pre><code>{_text(section.command)}</code></pre></div>"
+        f"<pre><code>{words}</code></pre></div>"
     )
     if section.seconds is not None:
         parts.append(f'<p class="small">{_duration(section.seconds)}</p>')
@@ -201,13 +216,20 @@ def _figure(caption: str, figure: Any) -> str:
     if not source.startswith("data:image/"):
         raise ValueError(f"figures[{caption!r}]={source!r:.40}: must be a Figure or a data:image/ address.")
     words = _text(caption.replace("_", " "))
-    return f'<figure><img src="{_text(source)}" alt="{words}"><figcaption>{words}</figcaption></figure>'
+    shape = ' class="broad"' if not isinstance(figure, str) and _is_broad(figure) else ""
+    return f'<figure{shape}><img src="{_text(source)}" alt="{words}"><figcaption>{words}</figcaption></figure>'
+
+
+def _is_broad(figure: Any) -> bool:
+    width, height = figure.get_size_inches()
+    return width > 1.9 * height
 
 
 def _numbers(numbers: Mapping[str, Any]) -> str:
     rows = []
     for path, value in numbers.items():
         name, unit = split_unit(path)
+        value, unit = _scaled(value, unit)
         kind = "number" if isinstance(value, int | float) and not isinstance(value, bool) else "words"
         rows.append(
             f'<tr title="{_text(path)}"><td>{_text(name)}</td>'
@@ -271,14 +293,16 @@ th, td { text-align: left; vertical-align: top; padding: .35rem 1.1rem .35rem 0;
   overflow-wrap: anywhere; }
 th { color: var(--soft); font-weight: 600; font-size: .85rem; }
 table.contents { width: 100%; }
+.contents td:last-child { min-width: 16rem; }
 .contents td:nth-child(-n+3), .contents th { white-space: nowrap; overflow-wrap: normal; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 .unit { color: var(--soft); }
 .badge { font-size: .82rem; font-weight: 600; white-space: nowrap; }
 .finished { color: var(--good); } .failed { color: var(--bad); } .skipped { color: var(--soft); }
-.figures { display: flex; flex-wrap: wrap; gap: 1.25rem; margin: 1rem 0; }
+.figures, .beside { display: flex; flex-wrap: wrap; gap: 1.25rem 2rem; margin: 1rem 0; align-items: flex-start; }
 figure { margin: 0; flex: 1 1 24rem; max-width: 100%; }
-figure img { display: block; width: 100%; max-width: 48rem; height: auto; background: #fff;
+.beside figure { flex-grow: 3; } .beside table { flex: 1 1 17rem; margin: 0; } figure.broad { flex-basis: 100%; }
+figure img { display: block; width: 100%; max-width: 60rem; height: auto; background: #fff;
   border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
 figcaption { color: var(--soft); font-size: .88rem; margin-top: .35rem; }
 pre { margin: 0; overflow-x: auto; background: var(--panel); border-radius: 6px; padding: .8rem 1rem; font-size: .86rem;
@@ -286,9 +310,11 @@ pre { margin: 0; overflow-x: auto; background: var(--panel); border-radius: 6px;
 .error { border-left: 4px solid var(--bad); white-space: pre-wrap; margin: .75rem 0 1rem; }
 .command { position: relative; margin: .75rem 0; }
 .command pre { padding-right: 5rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+code span { white-space: nowrap; }
 button { position: absolute; right: .5rem; top: .5rem; font: inherit; font-size: .8rem; padding: .15rem .6rem;
   color: var(--ink); background: var(--paper); border: 1px solid var(--line); border-radius: 4px; cursor: pointer; }
-@media print { button { display: none; } section { break-inside: avoid; } }
+@media print { code span { white-space: nowrap; }
+button { display: none; } section { break-inside: avoid; } }
 """
 
 _SCRIPT = """
