@@ -1,0 +1,1 @@
+"""Studies of minimum entropy coupling with a bottleneck."""

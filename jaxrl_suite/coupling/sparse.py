@@ -1,0 +1,107 @@
+"""What a coupling is: cells and their masses. And what a marginal must be."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_suite.config import check
+from jaxrl_suite.distributions import entropy
+from jaxrl_suite.types import Array
+
+
+class SparseCoupling(NamedTuple):
+    """A joint law of K variables, as the list of its cells.
+
+    Attributes:
+        indices: int32 [L, K], the cell of each entry. Unused entries have mass zero (and cell 0, ..., 0).
+        weights: [L], mass of each cell; integers in integer mass mode. A greedy coupling of K marginals of
+            N symbols each has L = K N - K + 1. All NaN (all -1 as integers) if the marginals were not laws of
+            equal mass, which :attr:`valid` reports.
+
+    >>> coupling = SparseCoupling(jnp.array([[0, 1], [1, 0]]), jnp.array([0.5, 0.5]))
+    >>> coupling.dense((2, 2)).tolist(), float(coupling.entropy)
+    ([[0.0, 0.5], [0.5, 0.0]], 1.0)
+    """
+
+    indices: Array
+    weights: Array
+
+    def dense(self, shape: tuple[int, ...]) -> Array:
+        """The joint as an array of ``shape``, one axis a marginal."""
+        return jnp.zeros(shape, self.weights.dtype).at[tuple(self.indices.T)].add(self.weights)
+
+    @property
+    def entropy(self) -> Array:
+        """Joint entropy in bits; no cell is listed twice, so the list suffices."""
+        weights = self.weights
+        if jnp.issubdtype(weights.dtype, jnp.integer):
+            weights = weights.astype(jnp.result_type(float))
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return entropy(weights)
+
+    @property
+    def valid(self) -> Array:
+        """bool [], whether the marginals were laws of equal mass."""
+        return jnp.all(self.weights >= 0, axis=-1)
+
+
+def is_concrete(*arrays: Array) -> bool:
+    """Whether all values are known now, that is outside jit, vmap and grad."""
+    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def sum_tolerance(dtype: jnp.dtype) -> float:
+    """Largest deviation of a sum of probabilities from one that is taken for rounding."""
+    return 1e-6 if jnp.finfo(dtype).bits == 64 else 1e-4
+
+
+def is_law(p: Array) -> Array:
+    """bool [...], whether ``p [..., N]`` is finite, non-negative and sums to one (integers: has positive mass)."""
+    total = jnp.sum(p, axis=-1)
+    if jnp.issubdtype(p.dtype, jnp.integer):
+        return jnp.all(p >= 0, axis=-1) & (total > 0)
+    return jnp.all(p >= 0, axis=-1) & (jnp.abs(total - 1) <= sum_tolerance(p.dtype))
+
+
+def check_law(name: str, p: Array) -> None:
+    """Raises unless ``p`` is a law over at least one symbol. Values are looked at only where they are known.
+
+    Raises:
+        ValueError: wrong rank, empty, negative, NaN or not normalised.
+    """
+    check(p.ndim == 1, argument=name, value=p.shape, rule="must have one axis", remedy="Use vmap for batches")
+    check(p.shape[0] > 0, argument=name, value=p.shape, rule="must have at least one symbol")
+    if not is_concrete(p):
+        return
+    values = np.asarray(p)
+    check(not np.any(np.isnan(values)), argument=name, value=values, rule="must not hold NaN")
+    check(bool(np.all(values >= 0)), argument=name, value=values, rule="must not be negative")
+    total = float(values.sum())
+    remedy = f"Divide {name} by its sum"
+    if np.issubdtype(values.dtype, np.integer):
+        check(total > 0, argument=name, value=values, rule="must have positive mass")
+    else:
+        fits = abs(total - 1) <= sum_tolerance(values.dtype)
+        check(fits, argument=f"sum of {name}", value=total, rule="must be one", remedy=remedy)
+
+
+def check_rate(rate: Array) -> None:
+    """Raises unless the rate is a non-negative number; looked at only where it is known.
+
+    Raises:
+        ValueError: negative or NaN.
+    """
+    if is_concrete(rate):
+        rule = "must be a non-negative number of bits"
+        check(bool(np.all(np.asarray(rate) >= 0)), argument="rate", value=np.asarray(rate).tolist(), rule=rule)
+
+
+def as_laws(*laws: Array) -> tuple[Array, ...]:
+    """The arguments as arrays of one dtype: float32 at least, or integers where all are integers."""
+    arrays = [jnp.asarray(p) for p in laws]
+    dtype = jnp.result_type(*arrays)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        dtype = jnp.promote_types(dtype, jnp.float32)
+    return tuple(array.astype(dtype) for array in arrays)
