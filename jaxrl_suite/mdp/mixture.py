@@ -6,6 +6,7 @@ import numpy as np
 from flax import struct
 
 from jaxrl_suite.config import check
+from jaxrl_suite.mdp.bounds import parameter_bound
 from jaxrl_suite.mdp.tabular import TabularMDP, check_successors, tabular_mdp
 from jaxrl_suite.types import Array
 
@@ -24,6 +25,8 @@ class LinearMixtureMDP(struct.PyTreeNode):
         theta: [D], the true parameter: simulators and exact evaluation read it, explorers must not.
         nominal: [D], a valid parameter that is known beforehand, the centre of the ridge.
         start: int32 [], first state of each episode.
+        norm_bound: [], known bound B on the norm of the true parameter.
+        center_bound: [], known bound on its distance to ``nominal``.
     """
 
     features: Array
@@ -31,6 +34,8 @@ class LinearMixtureMDP(struct.PyTreeNode):
     theta: Array
     nominal: Array
     start: Array
+    norm_bound: Array
+    center_bound: Array
 
     @property
     def num_states(self) -> int:
@@ -83,6 +88,8 @@ def linear_mixture(
     start: int = 0,
     nominal: Array | None = None,
     normalise: bool = True,
+    norm_bound: float | None = None,
+    center_bound: float | None = None,
 ) -> LinearMixtureMDP:
     """Builds and checks a :class:`LinearMixtureMDP`.
 
@@ -95,6 +102,8 @@ def linear_mixture(
             and it is valid, else it must be given.
         normalise: divides the features by the smallest c such that ``||phi_f|| <= 1`` for each f into [0, 1], and
             multiplies the parameters by c.
+        norm_bound: known bound on ``|theta|``; what holds for any kernel of this form if None.
+        center_bound: known bound on ``|theta - nominal|``; what holds for any kernel of this form if None.
 
     Returns:
         The model, float dtype as ``features``.
@@ -134,7 +143,13 @@ def linear_mixture(
         jnp.asarray(theta * scale),
         jnp.asarray(nominal * scale),
         jnp.asarray(start, jnp.int32),
+        jnp.asarray(scale * _bound(features, np.zeros(dimension), norm_bound), features.dtype),
+        jnp.asarray(scale * _bound(features, nominal, center_bound), features.dtype),
     )
+
+
+def _bound(features: np.ndarray, center: np.ndarray, known: float | None) -> float:
+    return parameter_bound(features, center) if known is None else known
 
 
 def feature_bound(features: np.ndarray) -> float:

@@ -1,0 +1,54 @@
+"""Reward-free exploration of linear mixture models: explore once without a reward, plan for any reward afterwards."""
+
+from jaxrl_suite.reward_free.config import ExplorerConfig, HParams, paper_num_moments
+from jaxrl_suite.reward_free.explorer import ExplorerState, advance, explore, finish, init_explorer
+from jaxrl_suite.reward_free.moments import MomentWeights, moment_weights, squared_powers
+from jaxrl_suite.reward_free.planning import Policies, plan, policy_values, suboptimality, value_error
+from jaxrl_suite.reward_free.projection import Projection, project_parameter
+from jaxrl_suite.reward_free.radius import paper_radius, self_normalised_radius
+from jaxrl_suite.reward_free.regression import ridge_residual, weighted_ridge, width
+from jaxrl_suite.reward_free.rewards import (
+    check_rewards,
+    longest_path,
+    longest_totals,
+    normalise_rewards,
+    reward_bank,
+)
+from jaxrl_suite.reward_free.types import Estimate, Exploration, Record
+from jaxrl_suite.reward_free.uncertainty import UncertaintyOutput, uncertainty_value
+
+__all__ = [
+    "Estimate",
+    "Exploration",
+    "ExplorerConfig",
+    "ExplorerState",
+    "HParams",
+    "MomentWeights",
+    "Policies",
+    "Projection",
+    "Record",
+    "UncertaintyOutput",
+    "advance",
+    "check_rewards",
+    "explore",
+    "finish",
+    "init_explorer",
+    "longest_path",
+    "longest_totals",
+    "moment_weights",
+    "normalise_rewards",
+    "paper_num_moments",
+    "paper_radius",
+    "plan",
+    "policy_values",
+    "project_parameter",
+    "reward_bank",
+    "ridge_residual",
+    "self_normalised_radius",
+    "squared_powers",
+    "suboptimality",
+    "uncertainty_value",
+    "value_error",
+    "weighted_ridge",
+    "width",
+]

@@ -1,0 +1,164 @@
+"""Runs an explorer: one scan over episodes, cut into chunks at will, and the model that planning reads."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_suite.config import check
+from jaxrl_suite.mdp import LinearMixtureMDP
+from jaxrl_suite.reward_free.config import ExplorerConfig, HParams
+from jaxrl_suite.reward_free.hf import HFState, hf_episode, init_hf, pooled
+from jaxrl_suite.reward_free.projection import project_parameter
+from jaxrl_suite.reward_free.regression import fit
+from jaxrl_suite.reward_free.types import Estimate, Exploration, Record
+from jaxrl_suite.types import Array, PRNGKey
+
+
+class ExplorerState(NamedTuple):
+    """What a run carries from episode to episode; checkpoint it to resume.
+
+    Attributes:
+        key: base key; episode k draws from ``fold_in(key, k)``.
+        inner: state of the algorithm.
+    """
+
+    key: PRNGKey
+    inner: Any
+
+
+def explore(
+    key: PRNGKey,
+    mdp: LinearMixtureMDP,
+    config: ExplorerConfig,
+    hparams: HParams | None = None,
+    *,
+    reward: Array | None = None,
+) -> Exploration:
+    """Explores for K episodes without a reward; plan for any reward afterwards with :func:`plan`.
+
+    A pure function: jit it (``config`` static), vmap it over keys and hyperparameters. One scan, one compilation an
+    algorithm. See :func:`advance` for runs in chunks.
+
+    Args:
+        key: consumed.
+        mdp: the world; its true parameter draws the transitions and is otherwise read by diagnostics only.
+        config: algorithm and sizes.
+        hparams: traced scalars.
+        reward: [H, S, A], required by "hf_ucrl_vtr_plus" and refused by the others.
+
+    Returns:
+        History, statistics, estimate and model.
+
+    Raises:
+        ValueError: a reward is missing, superfluous, or of the wrong shape.
+
+    References:
+        Zhang, Zhang, Gu, 2023, arXiv 2303.10165 (HF-UCRL-RFE++); Zhang, Zhou, Gu, 2021, arXiv 2110.06394 (UCRL-RFE and
+        UCRL-RFE+); Zhou, Gu, 2022, arXiv 2205.11507 (HF-UCRL-VTR+); Kaufmann et al., 2021, arXiv 2006.06294 (RF-UCRL).
+    """
+    hparams = HParams() if hparams is None else hparams
+    _check_reward(mdp, config, reward)
+    state = init_explorer(key, mdp, config, hparams)
+    state, history = advance(mdp, config, hparams, state, jnp.int32(0), config.num_episodes, reward=reward)
+    return finish(mdp, config, hparams, state, history)
+
+
+def init_explorer(key: PRNGKey, mdp: LinearMixtureMDP, config: ExplorerConfig, hparams: HParams) -> ExplorerState:
+    """The state before the first episode."""
+    return ExplorerState(key, init_hf(mdp, config, hparams))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_episodes"))
+def advance(
+    mdp: LinearMixtureMDP,
+    config: ExplorerConfig,
+    hparams: HParams,
+    state: ExplorerState,
+    start: Array,
+    num_episodes: int,
+    *,
+    reward: Array | None = None,
+) -> tuple[ExplorerState, Record]:
+    """Plays episodes ``start … start + num_episodes - 1``; chunks add up to the whole run, bit for bit.
+
+    Args:
+        mdp: the world.
+        config: static.
+        hparams: traced scalars.
+        state: state before.
+        start: int [], index of the first episode.
+        num_episodes: episodes in this chunk, static.
+        reward: as in :func:`explore`.
+
+    Returns:
+        State after, and the records [num_episodes, ...].
+    """
+
+    def body(inner: HFState, episode: Array) -> tuple[HFState, Record]:
+        episode_key = jax.random.fold_in(state.key, episode)
+        return hf_episode(mdp, config, hparams, inner, episode_key, episode, reward)
+
+    inner, records = jax.lax.scan(body, state.inner, start + jnp.arange(num_episodes))
+    return ExplorerState(state.key, inner), records
+
+
+def finish(
+    mdp: LinearMixtureMDP, config: ExplorerConfig, hparams: HParams, state: ExplorerState, history: Record
+) -> Exploration:
+    """Turns the final state and the joined records into an :class:`Exploration`."""
+    inner = state.inner
+    chosen = inner.best
+    if config.output == "final":
+        chosen = Estimate(
+            pooled(inner.statistics),
+            inner.statistics.gram[:, 0],
+            inner.answer.policy,
+            history.uncertainty[-1],
+            jnp.int32(config.num_episodes),
+        )
+    theta, metric = chosen.theta, jnp.sum(chosen.gram, axis=0)
+    if config.planner_estimator == "onehot":
+        theta, metric = fit(inner.onehot).theta, inner.onehot.gram
+    model, residual = kernel_of(mdp, config, theta, metric)
+    return Exploration(
+        history,
+        inner.statistics,
+        chosen,
+        model,
+        mdp.successors,
+        mdp.start,
+        residual,
+        inner.finite & jnp.all(jnp.isfinite(model)),
+    )
+
+
+def kernel_of(mdp: LinearMixtureMDP, config: ExplorerConfig, theta: Array, gram: Array) -> tuple[Array, Array]:
+    """Kernel [S, A, N] of an estimate, and how far the estimate itself was from one.
+
+    With ``config.project`` the estimate is projected first; what rounding leaves is cut at 0 and rescaled. Without, the
+    raw ``phi . theta`` is returned.
+    """
+    raw = mdp.kernel(theta)
+    violation = jnp.maximum(-jnp.min(raw), jnp.max(jnp.abs(jnp.sum(raw, axis=-1) - 1.0)))
+    if not config.project:
+        return raw, violation
+    projected = jnp.maximum(mdp.kernel(project_parameter(mdp, theta, gram).theta), 0.0)
+    return projected / jnp.sum(projected, axis=-1, keepdims=True), violation
+
+
+def _check_reward(mdp: LinearMixtureMDP, config: ExplorerConfig, reward: Array | None) -> None:
+    needs = config.algorithm == "hf_ucrl_vtr_plus"
+    if (reward is None) == needs:
+        verb = "is required by" if needs else "is refused by"
+        raise ValueError(
+            f"reward: {verb} algorithm={config.algorithm!r}, which explores {'for' if needs else 'without'} it."
+        )
+    shape = (config.horizon, mdp.num_states, mdp.num_actions)
+    check(
+        reward is None or reward.shape == shape,
+        argument="reward",
+        value=None if reward is None else reward.shape,
+        rule=f"must be [H, S, A] = {shape}",
+    )

@@ -1,0 +1,123 @@
+"""Planning afterwards: policies for any number of rewards from one explored model, and how good they are in truth."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_suite.config import check
+from jaxrl_suite.mdp import LinearMixtureMDP
+from jaxrl_suite.reward_free.types import Exploration
+from jaxrl_suite.types import Array
+
+
+class Policies(NamedTuple):
+    """Plans for R rewards.
+
+    Attributes:
+        actions: int32 [R, H, S], greedy; ties to the lowest index.
+        values: [R], value of each plan at the start in the model that it was made with.
+    """
+
+    actions: Array
+    values: Array
+
+
+def plan(exploration: Exploration, rewards: Array) -> Policies:
+    """Optimal policies of the explored model for many rewards at once. Reads ``exploration.model`` alone, no bonus.
+
+    Args:
+        exploration: what :func:`jaxrl_suite.reward_free.explore` returned.
+        rewards: [R, H, S, A], in the class (see :func:`jaxrl_suite.reward_free.check_rewards`).
+
+    Returns:
+        The plans.
+
+    Raises:
+        ValueError: the rewards do not have the shape of the model.
+    """
+    return plan_model(exploration.model, exploration.successors, exploration.start, rewards)
+
+
+def plan_model(model: Array, successors: Array, start: Array, rewards: Array) -> Policies:
+    """Backward induction in a kernel over successor lists, with the rewards side by side on the last axis.
+
+    Args:
+        model: [S, A, N].
+        successors: int32 [S, A, N].
+        start: int32 [].
+        rewards: [R, H, S, A].
+    """
+    states, actions, _ = model.shape
+    check(
+        rewards.ndim == 4 and rewards.shape[2:] == (states, actions),
+        argument="rewards",
+        value=rewards.shape,
+        rule=f"shape must be [R, H, S, A] with S={states}, A={actions}",
+        remedy="Add a leading axis for a single reward",
+    )
+    lanes = jnp.transpose(rewards, (1, 2, 3, 0))
+
+    def back(values: Array, reward: Array) -> tuple[Array, Array]:
+        best, action = _best_action(reward + _ahead(model, successors, values))
+        values = jnp.clip(best, 0.0, 1.0)  # rewards of the class cannot be worth more
+        return values, action
+
+    values, policy = jax.lax.scan(back, jnp.zeros((states, rewards.shape[0]), model.dtype), lanes, reverse=True)
+    return Policies(jnp.moveaxis(policy, -1, 0), values[start])
+
+
+def policy_values(model: Array, successors: Array, start: Array, policies: Array, rewards: Array) -> Array:
+    """Values [R] of policies [R, H, S] for rewards [R, H, S, A] in a kernel over successor lists."""
+    lanes, actions = jnp.transpose(rewards, (1, 2, 3, 0)), jnp.moveaxis(policies, 0, -1)
+
+    def back(values: Array, step: tuple[Array, Array]) -> tuple[Array, None]:
+        reward, action = step
+        scores = reward + _ahead(model, successors, values)
+        return jnp.take_along_axis(scores, action[:, None], axis=1)[:, 0], None
+
+    values, _ = jax.lax.scan(
+        back, jnp.zeros((model.shape[0], rewards.shape[0]), model.dtype), (lanes, actions), reverse=True
+    )
+    return values[start]
+
+
+def suboptimality(mdp: LinearMixtureMDP, policy: Array, rewards: Array) -> Array:
+    """``V*(start; r) - V^pi(start; r)`` under the true kernel.
+
+    Args:
+        mdp: model, its true parameter included.
+        policy: int [R, H, S], a policy a reward.
+        rewards: [R, H, S, A].
+
+    Returns:
+        [R], not negative up to rounding.
+    """
+    kernel = mdp.kernel()
+    best = plan_model(kernel, mdp.successors, mdp.start, rewards).values
+    return best - policy_values(kernel, mdp.successors, mdp.start, policy, rewards)
+
+
+def value_error(mdp: LinearMixtureMDP, exploration: Exploration, policy: Array, rewards: Array) -> Array:
+    """``|V^pi in the explored model - V^pi in truth|`` at the start, [R]; arguments as :func:`suboptimality`."""
+    claimed = policy_values(exploration.model, mdp.successors, mdp.start, policy, rewards)
+    return jnp.abs(claimed - policy_values(mdp.kernel(), mdp.successors, mdp.start, policy, rewards))
+
+
+def _ahead(model: Array, successors: Array, values: Array) -> Array:
+    """``[P V]`` [S, A, R] of values [S, R]; short lists are summed term by term, which fuses."""
+    width = model.shape[-1]
+    if width > 8:
+        return jnp.einsum("saj,sajr->sar", model, values[successors], precision="highest")
+    total = model[..., 0, None] * values[successors[..., 0]]
+    for index in range(1, width):
+        total = total + model[..., index, None] * values[successors[..., index]]
+    return total
+
+
+def _best_action(scores: Array) -> tuple[Array, Array]:
+    """Maximum over the action axis of [S, A, R] and its smallest index."""
+    best = jnp.max(scores, axis=1)
+    count = scores.shape[1]
+    index = jnp.arange(count, dtype=jnp.int32)[None, :, None]
+    return best, jnp.min(jnp.where(scores == best[:, None], index, count - 1), axis=1)

@@ -1,0 +1,135 @@
+"""The class of rewards: non-negative, and at most 1 in total along every path. Membership, projection, banks."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_suite.config import check
+from jaxrl_suite.mdp import LinearMixtureMDP
+from jaxrl_suite.types import Array, PRNGKey
+
+
+class LongestPath(NamedTuple):
+    """The path of largest total reward among those that the features allow.
+
+    Attributes:
+        total: [], its total.
+        states: int32 [H + 1].
+        actions: int32 [H].
+    """
+
+    total: Array
+    states: Array
+    actions: Array
+
+
+def longest_totals(mdp: LinearMixtureMDP, rewards: Array) -> Array:
+    """``c_h(s) = max_a (r_h(s, a) + max over reachable s' of c_{h+1}(s'))``, reachable under some parameter.
+
+    Args:
+        mdp: model; only its support is read.
+        rewards: [H, S, A], non-negative.
+
+    Returns:
+        [H + 1, S], largest total from step h on; the last row is 0. Differentiable almost everywhere.
+    """
+    mask, successors = mdp.mask, mdp.successors
+
+    def back(totals: Array, step_reward: Array) -> tuple[Array, Array]:
+        # Totals are non-negative, so 0 may stand for the successors that do not exist.
+        ahead = jnp.max(jnp.where(mask, totals[successors], 0.0), axis=-1)
+        totals = jnp.max(step_reward + ahead, axis=-1)
+        return totals, totals
+
+    last = jnp.zeros(mdp.num_states, rewards.dtype)
+    _, totals = jax.lax.scan(back, last, rewards, reverse=True)
+    return jnp.concatenate([totals, last[None]])
+
+
+def longest_path(mdp: LinearMixtureMDP, rewards: Array) -> LongestPath:
+    """The path behind :func:`longest_totals` at the start state."""
+    totals, mask = longest_totals(mdp, rewards), mdp.mask
+
+    def step(state: Array, inputs: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        step_reward, ahead = inputs
+        reachable = jnp.where(mask[state], ahead[mdp.successors[state]], -1.0)
+        action = jnp.argmax(step_reward[state] + jnp.max(reachable, axis=-1))
+        following = mdp.successors[state, action, jnp.argmax(reachable[action])]
+        return following, (following, action.astype(jnp.int32))
+
+    _, (states, actions) = jax.lax.scan(step, mdp.start, (rewards, totals[1:]))
+    return LongestPath(totals[0, mdp.start], jnp.concatenate([mdp.start[None], states]), actions)
+
+
+def normalise_rewards(mdp: LinearMixtureMDP, rewards: Array) -> Array:
+    """Scales non-negative rewards ``[H, S, A]`` into the class: ``r / max(1, c_1(start))``."""
+    return rewards / jnp.maximum(1.0, longest_totals(mdp, rewards)[0, mdp.start])
+
+
+def check_rewards(mdp: LinearMixtureMDP, rewards: Array, name: str = "rewards") -> None:
+    """Checks that concrete rewards are in the class; does nothing on traced values.
+
+    Args:
+        mdp: model.
+        rewards: [R, H, S, A] or [H, S, A].
+        name: argument name for the message.
+
+    Raises:
+        ValueError: the shape is wrong, an entry is negative or not finite (it is named), or a path collects more
+            than 1 (it is named).
+    """
+    shape = (mdp.num_states, mdp.num_actions)
+    check(
+        rewards.ndim in (3, 4) and rewards.shape[-2:] == shape,
+        argument=name,
+        value=rewards.shape,
+        rule=f"shape must be [R, H, S, A] or [H, S, A] with S, A = {shape}",
+    )
+    if isinstance(rewards, jax.core.Tracer):
+        return
+    bank = np.asarray(rewards).reshape(-1, *rewards.shape[-3:])
+    wrong = ~(bank >= 0) | ~np.isfinite(bank)
+    if np.any(wrong):
+        where = tuple(map(int, np.argwhere(wrong)[0]))
+        raise ValueError(f"{name}[reward, h, s, a = {where}]={bank[where]}: must be finite and not negative.")
+    totals = np.asarray(_start_totals(mdp, jnp.asarray(bank)))
+    tolerance = 1e-5 if bank.dtype.itemsize < 8 else 1e-9
+    if np.any(totals > 1 + tolerance):
+        index = int(np.argmax(totals))
+        path = longest_path(mdp, jnp.asarray(bank[index]))
+        steps = ", ".join(f"({int(s)}, {int(a)})" for s, a in list(zip(path.states, path.actions, strict=False))[:20])
+        raise ValueError(
+            f"{name}[{index}]: the path of (state, action) pairs {steps}{' ...' if len(path.actions) > 20 else ''} "
+            f"collects {totals[index]:.6g}, above 1. Remedy: jaxrl_suite.reward_free.normalise_rewards."
+        )
+
+
+@jax.jit
+def _start_totals(mdp: LinearMixtureMDP, bank: Array) -> Array:
+    return jax.vmap(lambda rewards: longest_totals(mdp, rewards)[0, mdp.start])(bank)
+
+
+def reward_bank(mdp: LinearMixtureMDP, key: PRNGKey, horizon: int, num_random: int = 50) -> Array:
+    """Rewards to try a plan on, all in the class: goals, occupancies, random sparse ones.
+
+    Args:
+        mdp: model.
+        key: consumed.
+        horizon: steps H.
+        num_random: number of random sparse rewards.
+
+    Returns:
+        [2 S + num_random, H, S, A]: for each state 1 at the last step, then 1 / H at each step, then random rewards
+        with about one entry in ten, scaled by the longest path.
+    """
+    states, actions, dtype = mdp.num_states, mdp.num_actions, mdp.features.dtype
+    place = jnp.broadcast_to(jnp.eye(states, dtype=dtype)[:, :, None], (states, states, actions))
+    goal = jnp.zeros((states, horizon, states, actions), dtype).at[:, -1].set(place)
+    stay = jnp.broadcast_to(place[:, None] / horizon, goal.shape)
+    where_key, size_key = jax.random.split(key)
+    shape = (num_random, horizon, states, actions)
+    sparse = jax.random.bernoulli(where_key, 0.1, shape) * jax.random.uniform(size_key, shape, dtype)
+    totals = jax.vmap(lambda r: longest_totals(mdp, r)[0, mdp.start])(sparse)
+    return jnp.concatenate([goal, stay, sparse / jnp.maximum(totals, 1e-9)[:, None, None, None]])
