@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxrl_suite.config import check
 from jaxrl_suite.envs.mixtures import from_kernels
+from jaxrl_suite.extras import require
 from jaxrl_suite.mdp import LinearMixtureMDP
 
 # Order of (as intended, slip left, slip right) among the outcomes that each table writes.
@@ -96,7 +97,8 @@ def gymnasium_world(env_id: str, *, max_steps: int | None = None, fan_out: int =
         step[: len(mean)] = (mean - low) / ((high - low) * horizon)
         rewards = np.broadcast_to(step, (horizon, *step.shape)).copy()
         scale, offset = (high - low) * horizon, low * horizon
-    mdp = from_kernels(kernels, theta, start=start)
+    # What one would believe before having slipped: moves go as intended.
+    mdp = from_kernels(kernels, theta, start=start, nominal=np.array([1.0, 0.0, 0.0]))
     return GymnasiumWorld(mdp, rewards, horizon, len(table), start_steps, scale, offset, env_id, options)
 
 
@@ -130,11 +132,7 @@ def play(world: GymnasiumWorld, policy: np.ndarray, num_episodes: int, seed: int
 
 
 def _make(env_id: str, options: dict[str, Any]) -> Any:
-    try:
-        import gymnasium
-    except ImportError as error:
-        raise ImportError('gymnasium is missing. Remedy: python -m pip install "jaxrl-suite[experiments]"') from error
-    return gymnasium.make(env_id, **options)
+    return require("gymnasium", "experiments").make(env_id, **options)
 
 
 def _read(table: dict, order: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
