@@ -42,6 +42,7 @@ head/table                          [V, D]           unless tied_head
 
 from jaxrl_suite.lm.attention import attention_with_normaliser, blockwise_attend
 from jaxrl_suite.lm.byte_tokenizer import ByteTokenizer
+from jaxrl_suite.lm.cache import DecodeParams, DecodeState, decode_params, decode_step, decoder_law, prefill
 from jaxrl_suite.lm.config import LanguageModelConfig, named_config
 from jaxrl_suite.lm.decoder import (
     apply,
@@ -66,34 +67,53 @@ from jaxrl_suite.lm.feed_forward import (
     sparse_feed_forward,
     swiglu,
 )
-from jaxrl_suite.lm.layers import project, rms_norm, vary_like
+from jaxrl_suite.lm.generation import generate_from_law, left_pad, row_keys
+from jaxrl_suite.lm.layers import RowMajor, project, rms_norm, row_major, vary_like
+from jaxrl_suite.lm.likelihood import log_probs, weighted_log_prob
+from jaxrl_suite.lm.model import LanguageModel, generate, policy, sequence_law, token_log_probs
 from jaxrl_suite.lm.parameters import flatten, init_params, num_parameters, parameter_shapes, unflatten
 from jaxrl_suite.lm.rope import rope_frequencies, rope_tables, rotate
 from jaxrl_suite.lm.routing import route, top_k_indices
+from jaxrl_suite.lm.sampling import Sampling, draw, sampling_logits
 
 __all__ = [
     "ByteTokenizer",
+    "DecodeParams",
+    "DecodeState",
+    "LanguageModel",
     "LanguageModelConfig",
     "RouterOutput",
+    "RowMajor",
+    "Sampling",
     "apply",
     "attention_with_normaliser",
     "block",
     "block_with_state",
     "blockwise_attend",
+    "decode_params",
+    "decode_step",
+    "decoder_law",
     "default_feed_forward",
     "dense_feed_forward",
+    "draw",
     "embed",
     "final_norm",
     "flatten",
     "forward",
+    "generate",
+    "generate_from_law",
     "head",
     "head_table",
     "init_params",
     "layer_groups",
+    "left_pad",
+    "log_probs",
     "logits_of",
     "named_config",
     "num_parameters",
     "parameter_shapes",
+    "policy",
+    "prefill",
     "project",
     "rematerialised",
     "rms_norm",
@@ -102,11 +122,17 @@ __all__ = [
     "rotate",
     "route",
     "router_logits",
+    "row_keys",
+    "row_major",
+    "sampling_logits",
+    "sequence_law",
     "sequence_positions",
     "shared_expert",
     "sparse_feed_forward",
     "swiglu",
+    "token_log_probs",
     "top_k_indices",
     "unflatten",
     "vary_like",
+    "weighted_log_prob",
 ]

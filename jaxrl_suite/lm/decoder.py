@@ -63,7 +63,12 @@ def queries_keys_values(
             y = y + params[f"{name}_bias"].astype(y.dtype)[None, None]
         return y
 
-    q, k, v = heads("query"), heads("key"), heads("value")
+    if "query_key_value" in params:  # one matrix for all three, see decode_params
+        y = heads("query_key_value")
+        num_kv_heads = (y.shape[2] - params["output"].kernel.shape[1] // y.shape[3]) // 2
+        q, k, v = jnp.split(y, [y.shape[2] - 2 * num_kv_heads, y.shape[2] - num_kv_heads], axis=2)
+    else:
+        q, k, v = heads("query"), heads("key"), heads("value")
     if "query_norm" in params:
         q = rms_norm(q, params["query_norm"], config.norm_eps)
         k = rms_norm(k, params["key_norm"], config.norm_eps)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_suite.lm.config import LanguageModelConfig
 from jaxrl_suite.lm.layers import project, vary_like, wide
@@ -37,10 +38,12 @@ def swiglu(params: Params, x: Array, *, accumulate: str = "float32") -> Array:
     References:
         Shazeer (2020), arXiv 2002.05202, equation 6.
     """
-    hidden = jax.nn.silu(project(x, params["gate"], accumulate=accumulate)) * project(
-        x, params["up"], accumulate=accumulate
-    )
-    return project(jax.ad_checkpoint.checkpoint_name(hidden, "mlp"), params["down"], accumulate=accumulate)
+    if "gate_up" in params:  # one matrix for both, see decode_params
+        gate, up = jnp.split(project(x, params["gate_up"], accumulate=accumulate), 2, axis=-1)
+    else:
+        gate, up = (project(x, params[name], accumulate=accumulate) for name in ("gate", "up"))
+    hidden = checkpoint_name(jax.nn.silu(gate) * up, "mlp")
+    return project(hidden, params["down"], accumulate=accumulate)
 
 
 def dense_feed_forward(config: LanguageModelConfig, parallel: Parallel = Parallel()) -> FeedForward:  # noqa: B008

@@ -1,0 +1,177 @@
+"""Sampling continuations from any sequence law, with keys that belong to rows and positions, not to the batch."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_suite.config import check
+from jaxrl_suite.lm.sampling import Sampling, draw, sampling_logits
+from jaxrl_suite.types import Array, Generation, PRNGKey, SequenceLaw
+
+Loop = Literal["while", "scan"]
+
+
+def row_keys(key: PRNGKey, row_ids: Array) -> PRNGKey:
+    """One key a row, from what the row is rather than where it stands in the batch.
+
+    Args:
+        key: base key.
+        row_ids: int [B], or [B, 2] for (prompt number, sample number).
+
+    Returns:
+        typed keys [B].
+    """
+    ids = row_ids.reshape(row_ids.shape[0], -1)
+    keys = jnp.broadcast_to(key, (ids.shape[0],))
+    for column in range(ids.shape[1]):
+        keys = jax.vmap(jax.random.fold_in)(keys, ids[:, column])
+    return keys
+
+
+def generate_from_law(
+    key: PRNGKey,
+    law: SequenceLaw,
+    params: Any,
+    prompts: Array,
+    mask: Array,
+    *,
+    row_ids: Array,
+    sampling: Sampling,
+    loop: Loop = "while",
+) -> Generation:
+    """Draws one continuation a row.
+
+    The draw of row b's t-th new token uses the key folded with ``row_ids[b]`` and then t: permuting, splitting or
+    padding the batch changes no row.
+
+    Args:
+        key: consumed.
+        law: any law; it must allow ``sampling.max_tokens`` tokens.
+        params: what the law reads.
+        prompts: int32 [B, P], padded on the left.
+        mask: bool [B, P].
+        row_ids: see :func:`row_keys`.
+        sampling: law and length of the continuation.
+        loop: "while" stops as soon as every row has ended; "scan" always takes max_tokens steps, and can be
+            differentiated (through the log-probabilities) and vmapped without waste.
+
+    Returns:
+        Generation of T = max_tokens columns.
+    """
+    keys = row_keys(key, row_ids)
+    stops = jnp.asarray(sampling.stop_tokens, jnp.int32)
+
+    def sample(logits: Array, step: Array, done: Array) -> tuple[Array, Array, Array, Array]:
+        kept = sampling_logits(logits, sampling)
+        if sampling.greedy:
+            token, log_prob = jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros_like(kept[:, 0])
+        else:
+            token, log_prob = draw(jax.vmap(jax.random.fold_in, (0, None))(keys, step), kept)
+        token = jnp.where(done, jnp.asarray(sampling.pad_token, jnp.int32), token)
+        log_prob = jnp.where(done, jnp.zeros_like(log_prob), log_prob)
+        ended = done | (token[:, None] == stops[None]).any(axis=1)
+        return token, log_prob, ~done, ended
+
+    state = law.init(params, prompts, mask)
+    first = sample(law.logits(state), jnp.zeros((), jnp.int32), jnp.zeros(prompts.shape[:1], bool))
+
+    def advance(state: Any, token: Array, done: Array, step: Array) -> tuple[Any, tuple[Array, ...]]:
+        state, logits = law.step(params, state, token)
+        return state, sample(logits, step, done)
+
+    run = _run_scan if loop == "scan" else _run_while
+    tokens, log_probs, real = run(advance, state, first, sampling)
+    return Generation(tokens, log_probs, real)
+
+
+def _run_scan(advance: Any, state: Any, first: tuple[Array, ...], sampling: Sampling) -> tuple[Array, Array, Array]:
+    def body(carry: tuple[Any, Array, Array], step: Array):
+        state, token, done = carry
+        state, (token, log_prob, real, done) = advance(state, token, done, step)
+        return (state, token, done), (token, log_prob, real)
+
+    steps = jnp.arange(1, sampling.max_tokens, dtype=jnp.int32)
+    _, rest = jax.lax.scan(body, (state, first[0], first[3]), steps)
+    return jax.tree.map(lambda one, more: jnp.concatenate([one[:, None], more.T], axis=1), first[:3], rest)
+
+
+def _run_while(advance: Any, state: Any, first: tuple[Array, ...], sampling: Sampling) -> tuple[Array, Array, Array]:
+    token, log_prob, real, done = first
+    shape = (token.shape[0], sampling.max_tokens)
+    record = (
+        jnp.full(shape, sampling.pad_token, jnp.int32).at[:, 0].set(token),
+        jnp.zeros(shape, log_prob.dtype).at[:, 0].set(log_prob),
+        jnp.zeros(shape, bool).at[:, 0].set(real),
+    )
+
+    def unfinished(carry: tuple[Any, ...]) -> Array:
+        _, _, done, step, _ = carry
+        return (step < sampling.max_tokens) & ~done.all()
+
+    def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        state, token, done, step, record = carry
+        state, (token, log_prob, real, done) = advance(state, token, done, step)
+        record = tuple(all_.at[:, step].set(new) for all_, new in zip(record, (token, log_prob, real)))
+        return state, token, done, step + 1, record
+
+    return jax.lax.while_loop(unfinished, body, (state, token, done, jnp.ones((), jnp.int32), record))[-1]
+
+
+def left_pad(rows: list[list[int]], *, pad_token: int = 0, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Stacks token lists of different lengths.
+
+    Args:
+        rows: token lists, none empty.
+        pad_token: what fills the left.
+        length: P; the longest row by default.
+
+    Returns:
+        prompts int32 [B, P] and mask bool [B, P].
+
+    Raises:
+        ValueError: a row is empty or longer than ``length``.
+
+    >>> left_pad([[5], [6, 7]])[0].tolist()
+    [[0, 5], [6, 7]]
+    """
+    longest = max(map(len, rows))
+    length = longest if length is None else length
+    check(min(map(len, rows)) > 0, argument="rows", value=rows[:3], rule="every prompt needs a token")
+    check(longest <= length, argument="length", value=length, rule=f"must hold the longest prompt, {longest} tokens")
+    prompts = np.full((len(rows), length), pad_token, np.int32)
+    mask = np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        prompts[i, length - len(row) :] = row
+        mask[i, length - len(row) :] = True
+    return prompts, mask
+
+
+def check_prompts(prompts: Array, mask: Array, row_ids: Array, vocab_size: int) -> None:
+    """Refuses shapes that do not fit and, where values are known, masks that are not left-padded.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    check(prompts.ndim == 2, argument="prompts", value=prompts.shape, rule="must have shape [B, P]")
+    check(mask.shape == prompts.shape, argument="mask", value=mask.shape, rule=f"must have shape {prompts.shape}")
+    check(
+        row_ids.ndim in (1, 2) and row_ids.shape[0] == prompts.shape[0],
+        argument="row_ids",
+        value=row_ids.shape,
+        rule=f"must have shape [{prompts.shape[0]}] or [{prompts.shape[0]}, 2]",
+    )
+    if not any(isinstance(x, jax.core.Tracer) for x in (prompts, mask)):
+        real = np.asarray(mask)
+        ok = real[:, -1].all() and (np.diff(real.astype(np.int8), axis=1) >= 0).all()
+        check(bool(ok), argument="mask", value="...", rule="rows must be padded on the left", remedy="Use lm.left_pad")
+        tokens = np.asarray(prompts)[real]
+        inside = tokens.size == 0 or (tokens.min() >= 0 and tokens.max() < vocab_size)
+        check(
+            bool(inside),
+            argument="prompts",
+            value=(int(tokens.min()), int(tokens.max())) if tokens.size else (),
+            rule=f"tokens must be below the vocabulary of {vocab_size}",
+            remedy="Is this the tokenizer of the model?",
+        )

@@ -1,0 +1,135 @@
+"""The model as an object: a thin Linen module, and the functions that take it."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxrl_suite.lm.cache import DecodeParams, decode_params, decoder_law
+from jaxrl_suite.lm.config import LanguageModelConfig
+from jaxrl_suite.lm.decoder import apply
+from jaxrl_suite.lm.generation import Loop, check_prompts, generate_from_law
+from jaxrl_suite.lm.likelihood import log_probs
+from jaxrl_suite.lm.parameters import init_params
+from jaxrl_suite.lm.sampling import Sampling
+from jaxrl_suite.types import Array, Generation, Params, Policy, PRNGKey, SequenceLaw
+
+
+class LanguageModel(nn.Module):
+    """Linen face of the decoder: ``model.init(key, tokens)["params"]``, ``model.apply({"params": params}, tokens)``.
+
+    Attributes:
+        config: shape and conventions.
+    """
+
+    config: LanguageModelConfig
+
+    @nn.compact
+    def __call__(self, tokens: Array, positions: Array | None = None, segments: Array | None = None) -> Array:
+        """Logits [B, T, V] of tokens int32 [B, T]; see :func:`jaxrl_suite.lm.forward` for the other arguments."""
+        names = jax.eval_shape(lambda key: init_params(key, self.config), jax.random.key(0))
+        params = {name: self.param(name, lambda key, n=name: init_params(key, self.config)[n]) for name in names}
+        return apply(params, tokens, config=self.config, positions=positions, segments=segments)
+
+
+def token_log_probs(
+    model: LanguageModel,
+    params: Params,
+    tokens: Array,
+    segments: Array | None = None,
+    *,
+    temperature: float | Array = 1.0,
+) -> Array:
+    """``log p(token t | tokens before t)``: [B, T] in nats, 0 at the first token of each segment and at padding.
+
+    Logits are made and dropped in chunks, so [B, T, V] never exists, in the backward pass neither.
+    """
+    return log_probs(params, tokens, segments, config=model.config, temperature=temperature)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "loop", "unrolled"))
+def _generate(
+    key: PRNGKey,
+    params: Params | DecodeParams,
+    prompts: Array,
+    mask: Array,
+    row_ids: Array,
+    *,
+    config: LanguageModelConfig,
+    sampling: Sampling,
+    loop: Loop,
+    unrolled: bool,
+) -> Generation:
+    if unrolled and not isinstance(params, DecodeParams):
+        params = decode_params(params, config)
+    law = decoder_law(config, max_tokens=sampling.max_tokens)
+    return generate_from_law(key, law, params, prompts, mask, row_ids=row_ids, sampling=sampling, loop=loop)
+
+
+def generate(
+    key: PRNGKey,
+    model: LanguageModel,
+    params: Params | DecodeParams,
+    prompts: Array,
+    mask: Array,
+    *,
+    row_ids: Array,
+    sampling: Sampling,
+    loop: Loop = "while",
+    unrolled: bool | None = None,
+) -> Generation:
+    """Draws one continuation a row; compiled once for each shape and sampling.
+
+    Args:
+        key: consumed.
+        model: the decoder.
+        params: its parameters, or :func:`decode_params` of them, which saves a copy of the weights in every call.
+        prompts: int32 [B, P], padded on the left (:func:`left_pad`).
+        mask: bool [B, P], false at padding.
+        row_ids: int [B] or [B, 2], for example (prompt number, sample number): rows with equal ids and prompts get
+            equal continuations, wherever they stand and however the batch is cut or padded.
+        sampling: law, length and stop tokens.
+        loop: "while" stops when every row has ended; "scan" can be vmapped and differentiated.
+        unrolled: one step per layer in the program instead of a scan over layers: faster to run on a CPU, slower to
+            compile; the default on CPU for models of at most 64 layers.
+
+    Returns:
+        Generation with T = sampling.max_tokens; log-probabilities are of the sampling law (0 for greedy).
+
+    Raises:
+        ValueError: shapes do not fit, padding is not on the left, tokens lie outside the vocabulary.
+    """
+    config = model.config
+    check_prompts(prompts, mask, row_ids, config.vocab_size)
+    if unrolled is None:
+        unrolled = isinstance(params, DecodeParams) or (jax.default_backend() == "cpu" and config.num_layers <= 64)
+    return _generate(
+        key, params, jnp.asarray(prompts), jnp.asarray(mask), jnp.asarray(row_ids),
+        config=config, sampling=sampling, loop=loop, unrolled=unrolled,
+    )  # fmt: skip
+
+
+def sequence_law(model: LanguageModel, *, max_tokens: int = 256) -> SequenceLaw:
+    """The model as a law over sequences: at most ``max_tokens`` after the prompt."""
+    return decoder_law(model.config, max_tokens=max_tokens)
+
+
+def policy(model: LanguageModel, *, temperature: float = 1.0) -> Policy:
+    """The model as a policy.
+
+    Args:
+        model: the decoder.
+        temperature: of ``log_probs``; use the sampling temperature where both must agree.
+    """
+
+    def policy_log_probs(params: Params, tokens: Array, segments: Array | None = None) -> Array:
+        return token_log_probs(model, params, tokens, segments, temperature=temperature)
+
+    def policy_generate(
+        key: PRNGKey, params: Params, prompts: Array, mask: Array, row_ids: Array, sampling: Sampling, **options: Any
+    ) -> Generation:
+        return generate(key, model, params, prompts, mask, row_ids=row_ids, sampling=sampling, **options)
+
+    return Policy(policy_log_probs, policy_generate)

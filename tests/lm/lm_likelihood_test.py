@@ -1,0 +1,67 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_suite import lm
+from jaxrl_suite.testing import assert_close
+
+CONFIG = lm.LanguageModelConfig(
+    vocab_size=19, width=12, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, ffn_width=10, init_std=0.3
+)
+SEGMENTS = jnp.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 2, 2, 2, 0]], jnp.int32)
+
+
+def by_full_logits(params, tokens, segments):
+    logits = lm.apply(params, tokens, config=CONFIG, segments=segments)
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)[..., 0]
+    same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    return jnp.pad(jnp.where(same, picked, 0.0), ((0, 0), (1, 0)))
+
+
+def test_chunked_log_probs_and_gradients_equal_full_logits(key):
+    params = lm.init_params(key, CONFIG)
+    tokens = jax.random.randint(key, (2, 7), 0, 19)
+    weights = jax.random.normal(key, (2, 7))
+
+    def value(function):
+        return jax.jit(jax.value_and_grad(lambda p: jnp.sum(weights * function(p))))(params)
+
+    expected = value(lambda p: by_full_logits(p, tokens, SEGMENTS))
+    for chunk in (None, 3):
+        actual = value(lambda p, c=chunk: lm.log_probs(p, tokens, SEGMENTS, config=CONFIG, chunk=c))
+        assert_close(actual, expected, "reference")
+
+
+def test_first_token_and_padding_score_zero(key):
+    log_probs = lm.token_log_probs(
+        lm.LanguageModel(CONFIG), lm.init_params(key, CONFIG), jnp.ones((2, 7), jnp.int32), SEGMENTS
+    )
+    expected_zero = np.array([[1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 1, 0, 0, 1]], bool)
+    np.testing.assert_array_equal(np.asarray(log_probs) == 0, expected_zero)
+
+
+def test_logits_of_all_tokens_never_exist():
+    """No array of the compiled gradient holds tokens times vocabulary."""
+    config = CONFIG.replace(vocab_size=5000)
+    params = jax.eval_shape(lambda k: lm.init_params(k, config), jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((4, 512), jnp.int32)
+    gradient = jax.grad(lambda p, t: lm.log_probs(p, t, config=config, chunk=64).sum())
+    temporary = jax.jit(gradient).lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * 512 * 5000 * 4 / 2
+
+
+def test_weighted_sum_with_early_gradient_equals_autodiff(key):
+    h, table = jax.random.normal(key, (11, 6)), jax.random.normal(jax.random.fold_in(key, 1), (17, 6))
+    tokens = jax.random.randint(key, (11,), 0, 17)
+    weights = jax.random.uniform(key, (11,))
+
+    def plain(h, table, weights):
+        return jnp.sum(weights * jnp.take_along_axis(jax.nn.log_softmax(h @ table.T), tokens[:, None], 1)[:, 0])
+
+    def early(h, table, weights):
+        return lm.weighted_log_prob(h, table, tokens, weights, chunk=4)
+
+    expected = jax.value_and_grad(lambda *a: 3 * plain(*a), argnums=(0, 1, 2))(h, table, weights)
+    actual = jax.jit(jax.value_and_grad(lambda *a: 3 * early(*a), argnums=(0, 1, 2)))(h, table, weights)
+    assert_close(actual, expected, "reference")
+    assert_close(early(h, table, weights), plain(h, table, weights), "reference")
