@@ -21,7 +21,7 @@ import numpy as np
 from jaxrl_suite.io import files, leaves
 
 _STEP = re.compile(r"step_(\d{12})(?:\.(\d+))?")
-_TEMPORARY = re.compile(r"\.writing_\d{12}_(\d+)_[0-9a-f]+")
+_TEMPORARY = re.compile(r"\.(writing|deleting)_\d{12}_(\d+)_[0-9a-f]+")
 _FORMAT = 1
 _log = logging.getLogger(__name__)
 _own: set[Path] = set()  # what this very process is writing at this moment
@@ -218,9 +218,10 @@ def _clean(folder: Path) -> None:
         return
     for path in folder.iterdir():
         match = _TEMPORARY.fullmatch(path.name)
-        if match and path not in _own and not _alive(int(match[1])):
+        if match and path not in _own and not _alive(int(match[2])):
             shutil.rmtree(path, ignore_errors=True)
-            _log.warning("%s: deleted the half-written checkpoint %s of a run that was stopped.", folder, path.name)
+            if match[1] == "writing":
+                _log.warning("%s: deleted the half-written checkpoint %s of a run that was stopped.", folder, path.name)
 
 
 def _alive(process: int) -> bool:
@@ -237,7 +238,7 @@ def _alive(process: int) -> bool:
 
 def _delete(path: Path) -> None:
     # Renamed first: a kill in the middle must not leave a folder that looks like a checkpoint.
-    doomed = path.with_name(f".writing_{0:012d}_{os.getpid()}_{secrets.token_hex(4)}")
+    doomed = path.with_name(f".deleting_{0:012d}_{os.getpid()}_{secrets.token_hex(4)}")
     try:
         os.rename(path, doomed)
     except OSError as error:

@@ -168,8 +168,8 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name.removeprefix(_PREFIX): file[name] for name in file.files}
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:
+            return {name.removeprefix(_PREFIX): archive[name] for name in archive.files}
     except FileNotFoundError as error:
         raise FileError(f"{path} does not exist. Check the path, or run again what writes it.") from error
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:

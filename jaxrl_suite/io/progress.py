@@ -61,11 +61,14 @@ class ProgressBar:
             return
         with _lock:
             _display.stop_task(self._task)
-            self._task = None
             _num_open -= 1
             if _num_open == 0:
                 _display.stop()
                 _display = None
+            else:  # a nested bar goes when it is done, or a long loop would fill the screen
+                _display.refresh()
+                _display.remove_task(self._task)
+            self._task = None
 
 
 def progress(iterable: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
@@ -115,14 +118,14 @@ def _new_display() -> Any:
             return rich.Text(f"{speed:,.1f}/s" if speed >= 1 else f"{1 / speed:,.1f} s each", style="cyan")
 
     return rich.Progress(
-        rich.TextColumn("{task.description}"),
+        rich.TextColumn("{task.description}", markup=False),
         rich.BarColumn(bar_width=30),
         rich.MofNCompleteColumn(),
         Rate(),
         rich.TimeElapsedColumn(),
         rich.TextColumn("left"),
         rich.TimeRemainingColumn(),
-        rich.TextColumn("{task.fields[fields]}", style="dim"),
+        rich.TextColumn("{task.fields[fields]}", style="dim", markup=False),
         console=console,
         refresh_per_second=5,
     )

@@ -1,4 +1,4 @@
-"""Checkpoints: every kind of leaf, other device counts, damage, other templates, and processes that are really killed."""
+"""Checkpoints: every kind of leaf, other device counts, damage, other templates, processes that are really killed."""
 
 import json
 import os
@@ -234,7 +234,9 @@ def test_nothing_whole_is_an_error_that_touches_nothing(tmp_path):
         save_checkpoint(tmp_path, step, small(step))
         cut(tmp_path / f"step_{step:012d}" / "manifest.json")
     before = sorted(path.name for path in tmp_path.rglob("*"))
-    with pytest.raises(CheckpointError, match=r"no checkpoint is whole: step_0+2: .*; step_0+1: .*Copy one from a backup"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint is whole: step_0+2: .*; step_0+1: .*Copy one from a backup"
+    ):
         restore_checkpoint(tmp_path, small(0))
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 9 \(steps there: 2, 1|1, 2\)"):
@@ -257,7 +259,10 @@ OTHER_TEMPLATES = {
     "missing": (lambda s: {**s, "v": 1}, r"leaf \['v'\] of the template is not in the checkpoint"),
     "extra": (lambda s: {"w": s["w"]}, r"leaf \['step'\] of the checkpoint is not in the template"),
     "kind": (lambda s: {**s, "w": 1.0}, r"leaf \['w'\]: kind array in the checkpoint, float in the template"),
-    "key": (lambda s: {**s, "w": jax.random.key(0)}, r"leaf \['w'\]: kind array in the checkpoint, key in the template"),
+    "key": (
+        lambda s: {**s, "w": jax.random.key(0)},
+        r"leaf \['w'\]: kind array in the checkpoint, key in the template",
+    ),
     "nesting": (lambda s: State(s, None, None, None), r"leaf \.params\['step'\] of the template is not in"),
 }
 
@@ -315,21 +320,16 @@ def child_environment():
 
 
 CHILD = """
-import os, signal, sys
+import os, re, signal, sys
 import numpy as np
 from jaxrl_suite.io.checkpoint import save_checkpoint
-folder, kill_at = sys.argv[1], int(sys.argv[2])
+folder, event_name, pattern = sys.argv[1:]
 state = lambda step: {"a": np.full(200_000, step), "b": np.full(50_000, step, np.float32), "n": step}
 save_checkpoint(folder, 0, state(0))
-counted = 0
-def watch(event, arguments):
-    # Python touches files at these events; dying at each of them in turn covers every state on disk.
-    global counted
-    if event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "open") and folder in str(arguments):
-        counted += 1
-        if counted == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-if kill_at:
+def watch(event, arguments):  # Python announces what it is about to do to files
+    if event == event_name and re.search(pattern, " -> ".join(map(str, arguments))):
+        os.kill(os.getpid(), signal.SIGKILL)
+if event_name != "any":
     sys.addaudithook(watch)
 step = 0
 while True:
@@ -339,12 +339,23 @@ while True:
 """
 
 
+MOMENTS = {
+    "while orbax writes": ("os.rename", r"orbax-checkpoint-tmp"),
+    "before the manifest": ("os.rename", r"manifest\.json\..*tmp ->"),
+    "before it gets its name": ("os.rename", r"-> .*/step_000000000001"),
+    "before the old one goes": ("os.rename", r"/step_000000000000 ->"),
+    "while the old one goes": ("os.rmdir", r"\.deleting_"),
+    "any": ("any", ""),
+}
+
+
 @pytest.mark.subprocess
-@pytest.mark.parametrize("kill_at", [3, 40, 46, 50, 0], ids=lambda n: f"event{n}" if n else "any")
-def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, kill_at, caplog):
-    command = [sys.executable, "-c", CHILD, str(tmp_path), str(kill_at)]
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, moment):
+    event, pattern = MOMENTS[moment]
+    command = [sys.executable, "-c", CHILD, str(tmp_path), event, pattern]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=child_environment()) as child:
-        if not kill_at:  # somewhere in the middle of the loop
+        if event == "any":  # somewhere in the middle of the loop
             child.stdout.readline()
             time.sleep(0.25)
             child.send_signal(signal.SIGKILL)
@@ -353,6 +364,8 @@ def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, kill_at, capl
     template = {"a": np.zeros(200_000, int), "b": np.zeros(50_000, np.float32), "n": 0}
     state, metadata = restore_checkpoint(tmp_path, template)  # a CheckpointWarning would be an error here
     step = metadata["step"]
+    if event != "any":
+        assert step == (0 if "before it" in moment or "while orbax" in moment or "manifest" in moment else 1)
     assert step >= max(reported), "a checkpoint that was reported as saved is gone"
     assert state["n"] == step and (state["a"] == step).all() and (state["b"] == step).all()
     assert step == 0 or metadata["half"] == step / 2
