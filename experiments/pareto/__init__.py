@@ -1,0 +1,1 @@
+"""Several objectives: fronts, hypervolume, scalarisations and weight rules on problems with known answers."""
