@@ -207,7 +207,7 @@ def _section(section: Section, anchor: str) -> str:
         f"<pre><code>{words}</code></pre></div>"
     )
     if section.seconds is not None:
-        parts.append(f'<p class="small">{_duration(section.seconds)}</p>')
+        parts.append(f'<p class="small">Took {_duration(section.seconds)}.</p>')
     return "".join(parts) + "</section>"
 
 
@@ -230,10 +230,11 @@ def _numbers(numbers: Mapping[str, Any]) -> str:
     for path, value in numbers.items():
         name, unit = split_unit(path)
         value, unit = _scaled(value, unit)
-        kind = "number" if isinstance(value, int | float) and not isinstance(value, bool) else "words"
+        text = format_number(value)
+        kind = "number" if len(text) <= 14 else "words"  # a sentence reads from the left
         rows.append(
             f'<tr title="{_text(path)}"><td>{_text(name)}</td>'
-            f'<td class="{kind}">{_text(format_number(value))}</td><td class="unit">{_text(unit)}</td></tr>'
+            f'<td class="{kind}">{_text(text)}</td><td class="unit">{_text(unit)}</td></tr>'
         )
     return (
         '<table class="numbers"><thead><tr><th>Quantity</th><th class="number">Value</th><th>Unit</th></tr></thead>'
@@ -300,8 +301,9 @@ table.contents { width: 100%; }
 .badge { font-size: .82rem; font-weight: 600; white-space: nowrap; }
 .finished { color: var(--good); } .failed { color: var(--bad); } .skipped { color: var(--soft); }
 .figures, .beside { display: flex; flex-wrap: wrap; gap: 1.25rem 2rem; margin: 1rem 0; align-items: flex-start; }
-figure { margin: 0; flex: 1 1 24rem; max-width: 100%; }
-.beside figure { flex-grow: 3; } .beside table { flex: 1 1 17rem; margin: 0; } figure.broad { flex-basis: 100%; }
+figure { margin: 0; flex: 1 1 24rem; max-width: min(100%, 46rem); }
+.beside figure { flex-grow: 3; } .beside table { flex: 1 1 17rem; margin: 0; }
+figure.broad { flex-basis: 100%; max-width: 100%; }
 figure img { display: block; width: 100%; max-width: 60rem; height: auto; background: #fff;
   border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
 figcaption { color: var(--soft); font-size: .88rem; margin-top: .35rem; }
