@@ -1,0 +1,241 @@
+"""Pipeline schedules inside one program: every stage runs the same ticks, on its own layers.
+
+*GPipe and circular* are one schedule. With v rounds, stage p works in tick t on unit u = t - p; unit u is micro-batch
+``(u div (PP·v)) · PP + u mod PP`` in round ``(u mod (PP·v)) div PP``. The last stage hands its output of round r to the
+first stage, which needs it exactly one tick later, so nothing is stored on the way; all takes v·M + PP - 1 ticks.
+Derivatives come from JAX, hence all micro-batches are alive at once. A stage owns rounds of consecutive layers, while
+stored arrays stay in layer order (:func:`circular_layers`).
+
+*1F1B* runs in tick t the forward pass of micro-batch t - p and the backward pass of micro-batch t - 2(PP - 1) + p.
+Inputs of at most 2·PP - 1 micro-batches are kept, whatever their number, and each backward pass repeats its forward.
+
+Embedding and head run on every stage and count on the first and last only, as all stages are one program.
+
+References:
+    Huang et al. (2018), GPipe, arXiv:1811.06965; Narayanan et al. (2021), arXiv:2104.04473, section 2.2 (1F1B and
+    interleaving).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_suite.lm import embed
+from jaxrl_suite.moe.config import HParams, MoEConfig
+from jaxrl_suite.moe.hooks import tensor_parallel
+from jaxrl_suite.moe.model import (
+    Batch,
+    Layout,
+    Loss,
+    ObjectiveParts,
+    gather_weights,
+    objective_parts,
+    run_layers,
+    token_log_probs,
+    total_objective,
+)
+from jaxrl_suite.moe.variance import axis_index, axis_size, vary, zeros_of
+from jaxrl_suite.types import Array, Params
+
+
+def num_ticks(num_microbatches: int, stages: int, rounds: int = 1, schedule: str = "gpipe") -> int:
+    """Ticks of a schedule; a tick of 1F1B holds a forward and a backward pass.
+
+    >>> num_ticks(8, 4), num_ticks(8, 4, rounds=2), num_ticks(8, 4, schedule="1f1b")
+    (11, 19, 14)
+    """
+    return num_microbatches + 2 * (stages - 1) if schedule == "1f1b" else rounds * num_microbatches + stages - 1
+
+
+def circular_layers(leaf: Array, stages: int, rounds: int) -> Array:
+    """Layers in the order in which contiguous pipeline shards hold the rounds of each stage.
+
+    Args:
+        leaf: [L, ...] in layer order; stage p of round r owns layers (r·PP + p)·L/(PP·v) and following.
+        stages: PP.
+        rounds: v.
+
+    Returns:
+        [L, ...], a permutation; rounds of a stage follow each other.
+    """
+    chunks = leaf.reshape(rounds, stages, -1, *leaf.shape[1:])
+    return chunks.swapaxes(0, 1).reshape(leaf.shape)
+
+
+def pipeline_gradients(
+    params: Params, batches: Batch, count: Array, hparams: HParams, loss: Loss, config: MoEConfig, layout: Layout
+) -> tuple[Params, ObjectiveParts]:
+    """Gradients of all micro-batches on one rank of a pipeline, without reduction between ranks.
+
+    Args:
+        params: compute weights of this stage; layers in the order of :func:`circular_layers`.
+        batches: [M, b, T], the same on every stage.
+        count: tokens that count in the whole step.
+        hparams: traced hyperparameters.
+        loss: see ``train_step``.
+        config: model and schedule.
+        layout: axes; ``layout.pp`` is not empty.
+    """
+    if config.schedule == "1f1b":
+        return _one_forward_one_backward(params, batches, count, hparams, loss, config, layout)
+    gradient = jax.grad(_gpipe_objective, has_aux=True)
+    return gradient(params, batches, count, hparams, loss, config, layout)
+
+
+def _microbatch(batches: Batch, index: Array) -> Batch:
+    last = batches.inputs.shape[0] - 1
+    return jax.tree.map(lambda leaf: leaf[jnp.clip(index, 0, last)], batches)
+
+
+def _whole(params: Params, layout: Layout) -> Params:
+    return gather_weights(params, {path: g for path, g in layout.gathers if not path.startswith("layers/")})
+
+
+def _hand_on(x: Array, layout: Layout, *, back: bool = False) -> Array:
+    """Sends activations to the next stage (or gradients to the previous one), the ends joined."""
+    stages = axis_size(layout.pp)
+    pairs = [(stage, (stage + 1) % stages) for stage in range(stages)]
+    return jax.lax.ppermute(x, layout.pp, [(b, a) for a, b in pairs] if back else pairs)
+
+
+def _mask_sums(sums: Any, valid: Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf * valid.astype(leaf.dtype), sums)
+
+
+def _gpipe_objective(
+    params: Params, batches: Batch, count: Array, hparams: HParams, loss: Loss, config: MoEConfig, layout: Layout
+) -> tuple[Array, ObjectiveParts]:
+    params = _whole(params, layout)
+    stages, stage, rounds = axis_size(layout.pp), axis_index(layout.pp), config.virtual_stages
+    number = batches.inputs.shape[0]
+    layers = jax.tree.map(lambda leaf: leaf.reshape(rounds, -1, *leaf.shape[1:]), params["layers"])
+    parallel = tensor_parallel(layout.layer.tp)
+
+    def tick(received: Array, t: Array) -> tuple[Array, tuple[Array, Any]]:
+        unit = t - stage
+        within = unit % (stages * rounds)
+        index, turn = unit // (stages * rounds) * stages + within % stages, within // stages
+        valid = (unit >= 0) & (unit < number * rounds)
+        batch = _microbatch(batches, index if rounds > 1 else unit)
+        turn = jnp.clip(turn, 0, rounds - 1)
+        entering = embed(params, batch.inputs, config=config.model, parallel=parallel)
+        x = jnp.where((stage == 0) & (turn == 0), entering, received)
+        mine = jax.tree.map(lambda leaf: leaf[turn] if rounds > 1 else leaf[0], layers)
+        x, sums = run_layers(mine, x, batch, config=config, layout=layout)
+        return _hand_on(x, layout), (x, _mask_sums(sums, valid))
+
+    body = jax.checkpoint(tick, prevent_cse=False) if config.remat.startswith("full") else tick
+    ticks = jnp.arange(num_ticks(number, stages, rounds), dtype=jnp.int32)
+    start = vary(_no_activations(params, batches, config, layout), layout.mesh)
+    _, (outputs, sums) = jax.lax.scan(body, start, ticks)
+    finished = jnp.array([_last_tick(index, stages, rounds) for index in range(number)], jnp.int32)
+    outputs = outputs[finished]
+
+    def finish(_: None, item: tuple[Array, Batch]) -> tuple[None, Array]:
+        x, batch = item
+        log_probs = token_log_probs(params, x, batch.targets, config=config, layout=layout)
+        return None, loss(log_probs, batch)
+
+    totals = jax.lax.scan(jax.checkpoint(finish, prevent_cse=False), None, (outputs, batches))[1]
+    totals = jnp.where(stage == stages - 1, totals, 0)
+    by_microbatch = _sums_by_microbatch(sums, stage, number, stages, rounds)
+
+    def add(whole: ObjectiveParts, item: tuple[Array, Any]) -> tuple[ObjectiveParts, None]:
+        part = objective_parts(*item, count, config=config, layout=layout, num_parts=number)
+        return jax.tree.map(jnp.add, whole, part), None
+
+    whole = jax.lax.scan(add, _no_parts(add, totals, by_microbatch), (totals, by_microbatch))[0]
+    return total_objective(whole, config, hparams), whole
+
+
+def _no_parts(add: Any, totals: Array, sums: Any) -> ObjectiveParts:
+    """Zero objective parts with the types that ``add`` returns."""
+    first = jax.tree.map(lambda leaf: leaf[0], (totals, sums))
+    zero = ObjectiveParts(*(jnp.zeros((), totals.dtype) for _ in ObjectiveParts._fields))
+    return zeros_of(lambda: add(zero, first)[0])
+
+
+def _last_tick(index: int, stages: int, rounds: int) -> int:
+    """Tick in which the last stage finishes the last round of a micro-batch."""
+    unit = index // stages * stages * rounds + (rounds - 1) * stages + index % stages
+    return (unit if rounds > 1 else index) + stages - 1
+
+
+def _sums_by_microbatch(sums: Any, stage: Array, number: int, stages: int, rounds: int) -> Any:
+    """Router sums [ticks, l, ...] to [M, v·l, ...], layers of a stage in the order in which it holds them."""
+    index = jnp.arange(number, dtype=jnp.int32)
+    first = index // stages * stages * rounds + index % stages if rounds > 1 else index
+
+    def pick(leaf: Array) -> Array:
+        parts = [leaf[first + turn * stages + stage] for turn in range(rounds)]
+        return jnp.concatenate(parts, axis=1) if rounds > 1 else parts[0]
+
+    return jax.tree.map(pick, sums)
+
+
+def _no_activations(params: Params, batches: Batch, config: MoEConfig, layout: Layout) -> Array:
+    shape = jax.eval_shape(
+        lambda p, b: embed(p, b, config=config.model, parallel=tensor_parallel(layout.layer.tp)),
+        params,
+        batches.inputs[0],
+    )
+    return jnp.zeros(shape.shape, shape.dtype)
+
+
+def _one_forward_one_backward(
+    params: Params, batches: Batch, count: Array, hparams: HParams, loss: Loss, config: MoEConfig, layout: Layout
+) -> tuple[Params, ObjectiveParts]:
+    stages, stage = axis_size(layout.pp), axis_index(layout.pp)
+    number, slots = batches.inputs.shape[0], 2 * axis_size(layout.pp) - 1
+
+    def run(params: Params, received: Array, batch: Batch, valid: Array) -> tuple[tuple[Array, Array], ObjectiveParts]:
+        """One stage on one micro-batch: activations to hand on, and what it adds to the objective."""
+        params = _whole(params, layout)
+        entering = embed(params, batch.inputs, config=config.model, parallel=tensor_parallel(layout.layer.tp))
+        x = jnp.where(stage == 0, entering, received)
+        x, sums = run_layers(params["layers"], x, batch, config=config, layout=layout)
+        total = loss(token_log_probs(params, x, batch.targets, config=config, layout=layout), batch)
+        total = jnp.where((stage == stages - 1) & valid, total, 0)
+        parts = objective_parts(total, _mask_sums(sums, valid), count, config=config, layout=layout, num_parts=number)
+        return (x, total_objective(parts, config, hparams)), parts
+
+    def forward_only(params: Params, received: Array, batch: Batch) -> Array:
+        params = _whole(params, layout)
+        entering = embed(params, batch.inputs, config=config.model, parallel=tensor_parallel(layout.layer.tp))
+        return run_layers(
+            params["layers"], jnp.where(stage == 0, entering, received), batch, config=config, layout=layout
+        )[0]
+
+    def tick(carry: tuple, t: Array) -> tuple[tuple, None]:
+        received, returned, inputs, gradients, totals = carry
+        forward, backward = t - stage, t - 2 * (stages - 1) + stage
+        inputs = inputs.at[forward % slots].set(received)
+        x = forward_only(params, received, _microbatch(batches, forward))
+        valid = (backward >= 0) & (backward < number)
+        batch = _microbatch(batches, backward)
+        saved = inputs[backward % slots]
+        (y, _), pullback, parts = jax.vjp(lambda p, r: run(p, r, batch, valid), params, saved, has_aux=True)
+        # The last stage has no successor; bubbles pass no gradient.
+        cotangent = jnp.where(valid & (stage < stages - 1), returned, jnp.zeros_like(returned))
+        d_params, d_received = pullback((cotangent.astype(y.dtype), jnp.ones((), parts.loss.dtype)))
+        gradients = jax.tree.map(lambda total, g: total + jnp.where(valid, g, 0), gradients, d_params)
+        totals = jax.tree.map(jnp.add, totals, parts)
+        return (
+            _hand_on(x, layout),
+            _hand_on(d_received, layout, back=True),
+            inputs,
+            gradients,
+            totals,
+        ), None
+
+    empty = vary(_no_activations(params, batches, config, layout), layout.mesh)
+    totals = zeros_of(lambda: run(params, empty, _microbatch(batches, jnp.int32(0)), jnp.bool_(True))[1])
+    inputs = vary(jnp.zeros((slots, *empty.shape), empty.dtype), layout.mesh)
+    start = (empty, empty, inputs, jax.tree.map(jnp.zeros_like, params), totals)
+    ticks = jnp.arange(num_ticks(number, stages, schedule="1f1b"), dtype=jnp.int32)
+    return _split(jax.lax.scan(tick, start, ticks)[0])
+
+
+def _split(carry: tuple) -> tuple[Params, ObjectiveParts]:
+    return carry[3], carry[4]
