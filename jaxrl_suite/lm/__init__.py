@@ -72,9 +72,11 @@ from jaxrl_suite.lm.layers import RowMajor, project, rms_norm, row_major, vary_l
 from jaxrl_suite.lm.likelihood import log_probs, weighted_log_prob
 from jaxrl_suite.lm.model import LanguageModel, generate, policy, sequence_law, token_log_probs
 from jaxrl_suite.lm.parameters import flatten, init_params, num_parameters, parameter_shapes, unflatten
+from jaxrl_suite.lm.pretrained import Pretrained, load_pretrained, save_pretrained
 from jaxrl_suite.lm.rope import rope_frequencies, rope_tables, rotate
 from jaxrl_suite.lm.routing import route, top_k_indices
 from jaxrl_suite.lm.sampling import Sampling, draw, sampling_logits
+from jaxrl_suite.lm.tokenizer import Tokenizer
 
 __all__ = [
     "ByteTokenizer",
@@ -82,9 +84,11 @@ __all__ = [
     "DecodeState",
     "LanguageModel",
     "LanguageModelConfig",
+    "Pretrained",
     "RouterOutput",
     "RowMajor",
     "Sampling",
+    "Tokenizer",
     "apply",
     "attention_with_normaliser",
     "block",
@@ -107,6 +111,7 @@ __all__ = [
     "init_params",
     "layer_groups",
     "left_pad",
+    "load_pretrained",
     "log_probs",
     "logits_of",
     "named_config",
@@ -125,6 +130,7 @@ __all__ = [
     "row_keys",
     "row_major",
     "sampling_logits",
+    "save_pretrained",
     "sequence_law",
     "sequence_positions",
     "shared_expert",
