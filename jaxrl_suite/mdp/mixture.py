@@ -143,8 +143,8 @@ def linear_mixture(
         jnp.asarray(theta * scale),
         jnp.asarray(nominal * scale),
         jnp.asarray(start, jnp.int32),
-        jnp.asarray(scale * _bound(features, np.zeros(dimension), norm_bound), features.dtype),
-        jnp.asarray(scale * _bound(features, nominal, center_bound), features.dtype),
+        jnp.asarray(np.asarray(scale * _bound(features, np.zeros(dimension), norm_bound), features.dtype)),
+        jnp.asarray(np.asarray(scale * _bound(features, nominal, center_bound), features.dtype)),
     )
 
 

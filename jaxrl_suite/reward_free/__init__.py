@@ -14,6 +14,7 @@ from jaxrl_suite.reward_free.rewards import (
     normalise_rewards,
     reward_bank,
 )
+from jaxrl_suite.reward_free.search import search_rewards
 from jaxrl_suite.reward_free.types import Estimate, Exploration, Record
 from jaxrl_suite.reward_free.uncertainty import UncertaintyOutput, uncertainty_value
 
@@ -44,6 +45,7 @@ __all__ = [
     "project_parameter",
     "reward_bank",
     "ridge_residual",
+    "search_rewards",
     "self_normalised_radius",
     "squared_powers",
     "suboptimality",
