@@ -68,14 +68,24 @@ from jaxrl_suite.lm.feed_forward import (
     swiglu,
 )
 from jaxrl_suite.lm.generation import generate_from_law, left_pad, row_keys
-from jaxrl_suite.lm.layers import RowMajor, project, rms_norm, row_major, vary_like
+from jaxrl_suite.lm.layers import LowRank, RowMajor, project, rms_norm, row_major, vary_like
 from jaxrl_suite.lm.likelihood import log_probs, weighted_log_prob
+from jaxrl_suite.lm.lora import LoraConfig, apply_lora, init_lora, merge_lora
 from jaxrl_suite.lm.model import LanguageModel, generate, policy, sequence_law, token_log_probs
 from jaxrl_suite.lm.parameters import flatten, init_params, num_parameters, parameter_shapes, unflatten
 from jaxrl_suite.lm.pretrained import Pretrained, load_pretrained, save_pretrained
 from jaxrl_suite.lm.rope import rope_frequencies, rope_tables, rotate
 from jaxrl_suite.lm.routing import route, top_k_indices
 from jaxrl_suite.lm.sampling import Sampling, draw, sampling_logits
+from jaxrl_suite.lm.supervised import (
+    SupervisedBatch,
+    SupervisedState,
+    init_supervised,
+    jit_supervised_step,
+    supervised_loss,
+    supervised_step,
+    text_rows,
+)
 from jaxrl_suite.lm.tokenizer import Tokenizer
 
 __all__ = [
@@ -84,12 +94,17 @@ __all__ = [
     "DecodeState",
     "LanguageModel",
     "LanguageModelConfig",
+    "LoraConfig",
+    "LowRank",
     "Pretrained",
     "RouterOutput",
     "RowMajor",
     "Sampling",
+    "SupervisedBatch",
+    "SupervisedState",
     "Tokenizer",
     "apply",
+    "apply_lora",
     "attention_with_normaliser",
     "block",
     "block_with_state",
@@ -108,12 +123,16 @@ __all__ = [
     "generate_from_law",
     "head",
     "head_table",
+    "init_lora",
     "init_params",
+    "init_supervised",
+    "jit_supervised_step",
     "layer_groups",
     "left_pad",
     "load_pretrained",
     "log_probs",
     "logits_of",
+    "merge_lora",
     "named_config",
     "num_parameters",
     "parameter_shapes",
@@ -135,7 +154,10 @@ __all__ = [
     "sequence_positions",
     "shared_expert",
     "sparse_feed_forward",
+    "supervised_loss",
+    "supervised_step",
     "swiglu",
+    "text_rows",
     "token_log_probs",
     "top_k_indices",
     "unflatten",

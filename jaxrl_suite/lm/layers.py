@@ -53,18 +53,39 @@ def row_major(kernel: Array, *, num_inputs: int = 1) -> RowMajor:
     return RowMajor(kernel.reshape(-1, math.prod(outputs)).T, outputs)
 
 
-def project(x: Array, kernel: Array | RowMajor, *, num_inputs: int = 1, accumulate: str = "float32") -> Array:
+class LowRank(flax.struct.PyTreeNode):
+    """A matrix plus a trained difference of low rank: ``x kernel + scale (x a) b``.
+
+    Attributes:
+        kernel: [*inputs, *outputs].
+        a: [*inputs, R].
+        b: [R, *outputs].
+        scale: factor on the difference.
+    """
+
+    kernel: Array
+    a: Array
+    b: Array
+    scale: float = flax.struct.field(pytree_node=False)
+
+
+def project(x: Array, kernel: Array | RowMajor | LowRank, *, num_inputs: int = 1, accumulate: str = "float32") -> Array:
     """Contracts the last ``num_inputs`` axes of ``x`` with the first of ``kernel``.
 
     Args:
         x: [..., *inputs].
-        kernel: [*inputs, *outputs], cast to the dtype of ``x``; or the same in the layout of decoding.
+        kernel: [*inputs, *outputs], cast to the dtype of ``x``; or the same in the layout of decoding, or with a
+            difference of low rank.
         num_inputs: number of contracted axes.
         accumulate: lowest dtype of the sums.
 
     Returns:
         [..., *outputs] in the dtype of ``x``.
     """
+    if isinstance(kernel, LowRank):
+        low = project(x, kernel.a, num_inputs=num_inputs, accumulate=accumulate)
+        difference = project(low, kernel.b, accumulate=accumulate) * jnp.asarray(kernel.scale, x.dtype)
+        return project(x, kernel.kernel, num_inputs=num_inputs, accumulate=accumulate) + difference
     # One 2-D product: XLA's CPU backend has a fast path for exactly that.
     rows = x.reshape(-1, math.prod(x.shape[x.ndim - num_inputs :]))
     if isinstance(kernel, RowMajor):

@@ -186,7 +186,11 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, where: str) -> Tokenizer
     check(kind == "gpt2", argument=f"{where}: tokenizer.ggml.model", value=kind, rule="must be gpt2", remedy=remedy)
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    backend = lib.Tokenizer(lib.models.BPE({token: i for i, token in enumerate(tokens)}, merges, fuse_unk=False))
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    try:
+        backend = lib.Tokenizer(lib.models.BPE(vocabulary, merges, fuse_unk=False))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{where}: tokenizer.ggml.merges do not fit the tokens ({error}).") from error
     backend.pre_tokenizer = _pre_tokenizer(lib, metadata.get("tokenizer.ggml.pre", "default"), where)
     backend.decoder = lib.decoders.ByteLevel()
     kinds = metadata.get("tokenizer.ggml.token_type", [])
