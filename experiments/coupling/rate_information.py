@@ -153,10 +153,9 @@ def _draw_couplings(arrays: Mapping[str, np.ndarray]) -> "Figure":
 
     figure, panels = new_figure(13.0, 4.4, ncols=len(_SHOWN_RATES))
     rows, columns = ([LETTERS[i] for i in arrays[name]] for name in ("row_order", "column_order"))
-    image = None
     for axes, joint, rate in zip(panels, arrays["joints"], _SHOWN_RATES, strict=True):
         given = joint / np.maximum(arrays["p"], 1e-300)[:, None]  # law of the prose letter given the code letter
-        image = axes.imshow(np.ma.masked_equal(given, 0), vmin=0, vmax=1, cmap="viridis_r")
+        axes.imshow(np.ma.masked_equal(given, 0), vmin=0, vmax=1, cmap="viridis_r")
         axes.set_xticks(range(26), columns, fontsize=8)
         axes.set_yticks(range(26), rows, fontsize=8)
         axes.grid(False)
@@ -165,7 +164,7 @@ def _draw_couplings(arrays: Mapping[str, np.ndarray]) -> "Figure":
             ylabel="letter in code, by frequency",
             title=f"rate {rate:g} bit a letter",
         )
-    figure.colorbar(image, ax=list(panels), label="probability given the letter in code")
+    figure.colorbar(panels[0].images[0], ax=list(panels), label="probability given the letter in code")
     return figure
 
 

@@ -159,12 +159,22 @@ def code_at_rate(p: Array, rate: Array) -> tuple[Array, Array]:
     search = jax.lax.stop_gradient(p)
     ranked = jnp.sort(search, descending=True)
     position = jnp.argmax(path_entropies(ranked) <= rate + rate_slack(p.dtype))
-    return _code_at(p, search, ranked, (position + 1) // 2, position % 2 == 1)
+    return code_of_step(p, search, ranked, position)
 
 
-def _code_at(p: Array, search: Array, ranked: Array, step: Array, is_split: Array) -> tuple[Array, Array]:
-    """Code of L_step, or of S_step. Ranks are never materialised: thresholds and counts of ties pick the blocks."""
+def code_of_step(p: Array, search: Array, ranked: Array, position: Array) -> tuple[Array, Array]:
+    """Labels and code law of the map at a position of the path.
+
+    Ranks are never materialised: thresholds and counts of ties pick the blocks.
+
+    Args:
+        p: [N], source, for the code law.
+        search: [N], its values without derivative, which the choice reads.
+        ranked: [N], ``search`` in descending order.
+        position: int [], index in 0..2N-2: odd ones are the maps S_i, even ones the maps L_i.
+    """
     size = p.shape[0]
+    step, is_split = (position + 1) // 2, position % 2 == 1
     index = jnp.arange(size, dtype=jnp.int32)
     giant_size = jnp.where(is_split, step, step + 1)
     in_giant = _is_top(search, ranked, giant_size)

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_suite.config import check
-from jaxrl_suite.coupling.kernels import Kernel, plain_kernel, small_kernel, zero_kernel
+from jaxrl_suite.coupling.kernels import Kernel, Steps, plain_kernel, small_kernel, zero_kernel
+from jaxrl_suite.coupling.rank_rounds import large_kernel
 from jaxrl_suite.coupling.sparse import SparseCoupling, as_laws, check_law, is_law
 from jaxrl_suite.coupling.tape import COLUMN, IDLE, ROW, Tape, weights_of_tape
 from jaxrl_suite.types import Array
 
 Rule = Literal["max", "zero", "best"]
-KernelName = Literal["auto", "plain", "small"]
+KernelName = Literal["auto", "plain", "small", "large"]
 
 _RULES = ("max", "zero", "best")
 
@@ -53,13 +54,18 @@ def greedy_coupling(p: Array, q: Array, *, rule: Rule = "max", kernel: KernelNam
     ([[0, 0], [1, 0], [1, 1]], [0.5, 0.25, 0.25])
     """
     check(rule in _RULES, argument="rule", value=rule, rule=f"must be one of {', '.join(_RULES)}")
-    check(kernel in _KERNELS, argument="kernel", value=kernel, rule=f"must be one of {', '.join(_KERNELS)}")
+    check(
+        kernel in ("auto", *_KERNELS),
+        argument="kernel",
+        value=kernel,
+        rule=f"must be auto or one of {', '.join(_KERNELS)}",
+    )
     p, q = as_laws(p, q)
     check_law("p", p)
     check_law("q", q)
     if jnp.issubdtype(p.dtype, jnp.integer):
         _check_equal_totals(p, q)
-    return _greedy_coupling(p, q, rule, _choose(p.shape[0], q.shape[0]) if kernel == "auto" else kernel)
+    return _greedy_coupling(p, q, rule, kernel)
 
 
 def _check_equal_totals(p: Array, q: Array) -> None:
@@ -70,18 +76,20 @@ def _check_equal_totals(p: Array, q: Array) -> None:
 
 def _choose(num_rows: int, num_columns: int) -> str:
     small, large = sorted((num_rows, num_columns))
-    return "small" if 8 * small <= large else "plain"
+    if 8 * small <= large:
+        return "small"
+    return "large" if small >= 512 else "plain"
 
 
-def _small(p: Array, q: Array) -> tuple[Tape, Array]:
+def _small(p: Array, q: Array) -> Steps:
     if p.shape[0] >= q.shape[0]:
         return small_kernel(p, q)
-    tape, weights = small_kernel(q, p)
-    swapped = jnp.where(tape.sides == IDLE, IDLE, ROW + COLUMN - tape.sides)
-    return Tape(tape.columns, tape.rows, swapped), weights
+    steps = small_kernel(q, p)
+    swapped = jnp.where(steps.side == IDLE, IDLE, ROW + COLUMN - steps.side)
+    return Steps(steps.column, steps.row, swapped, steps.weight)
 
 
-_KERNELS: dict[str, Kernel | None] = {"auto": None, "plain": plain_kernel, "small": _small}
+_KERNELS: dict[str, Kernel] = {"plain": plain_kernel, "small": _small, "large": large_kernel}
 
 
 def equal_mass(p: Array, q: Array) -> Array:
@@ -99,27 +107,30 @@ def normalise(p: Array, valid: Array) -> Array:
     return clean / jnp.where(valid, jnp.sum(clean), jnp.ones((), p.dtype))
 
 
-def _solve(kernel: Kernel, p: Array, q: Array) -> tuple[Tape, Array]:
-    """Runs a kernel on one pair, outside the derivative, and attaches the derivative of the tape."""
+def solve(kernel: Kernel, p: Array, q: Array) -> tuple[Tape, Array]:
+    """Tape and weights ``[L]`` of a kernel on one pair, the weights with the derivative of the tape."""
     search_p, search_q = jax.lax.stop_gradient((p, q))
-    tape, weights = jax.tree.map(lambda x: x[:, 0], kernel(search_p[:, None], search_q[:, None]))
+    steps = jax.tree.map(lambda x: x[:, 0], kernel(search_p[:, None], search_q[:, None]))
+    tape = Tape(jnp.stack([steps.row, steps.column], axis=1), steps.side)
     if jnp.issubdtype(p.dtype, jnp.integer):
-        return tape, weights
-    return tape, weights_of_tape(tape, weights, p, q)
+        return tape, steps.weight
+    return tape, weights_of_tape(tape, steps.weight, (p, q))
+
+
+def kernels_of(rule: Rule, num_rows: int, num_columns: int, kernel: str = "auto") -> list[Kernel]:
+    """The kernels that a rule runs."""
+    largest = _KERNELS[_choose(num_rows, num_columns) if kernel == "auto" else kernel]
+    return {"max": [largest], "zero": [zero_kernel], "best": [largest, zero_kernel]}[rule]
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "kernel"))
 def _greedy_coupling(p: Array, q: Array, rule: Rule, kernel: str) -> SparseCoupling:
     valid = equal_mass(p, q)
     p, q = normalise(p, valid), normalise(q, valid)
-    kernels = {"max": [_KERNELS[kernel]], "zero": [zero_kernel], "best": [_KERNELS[kernel], zero_kernel]}[rule]
-    couplings = [_as_coupling(*_solve(k, p, q)) for k in kernels if k is not None]
+    found = [solve(k, p, q) for k in kernels_of(rule, p.shape[0], q.shape[0], kernel)]
+    couplings = [SparseCoupling(tape.indices, weights) for tape, weights in found]
     best = couplings[0] if len(couplings) == 1 else lower_entropy(*couplings)
     return best._replace(weights=poison(best.weights, valid))
-
-
-def _as_coupling(tape: Tape, weights: Array) -> SparseCoupling:
-    return SparseCoupling(jnp.stack([tape.rows, tape.columns], axis=1), weights)
 
 
 def lower_entropy(first: SparseCoupling, second: SparseCoupling) -> SparseCoupling:

@@ -1,9 +1,10 @@
-"""The greedy pairing of two marginals, compiled three ways. All return the same :class:`Tape` and weights.
+"""The greedy pairing of two marginals, compiled four ways. All return the same steps.
 
 ``plain``   every step looks at both marginals, O(N + M) a step: the reference, and the fastest for balanced alphabets
             of up to a few hundred symbols.
 ``small``   for M much smaller than N: sort the long side once; what is left of its symbols fits into M slots, since
             each cut of a long symbol uses up a short one. O(M) a step.
+``large``   for balanced alphabets of a thousand symbols and more, in :mod:`jaxrl_suite.coupling.rank_rounds`.
 ``zero``    the rule that pairs the two *closest* masses rather than the two largest; both sides in one sorted list,
             where the closest pair of opposite sides is adjacent.
 
@@ -13,16 +14,17 @@ do the move by itself, so that callers never see it. The maximum is taken first 
 where it is reached, which vectorises where argmax does not.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.coupling.tape import COLUMN, IDLE, ROW, Tape
+from jaxrl_suite.coupling.tape import COLUMN, IDLE, ROW
 from jaxrl_suite.types import Array
 
-Kernel = Callable[[Array, Array], tuple[Tape, Array]]
+Kernel = Callable[[Array, Array], "Steps"]
 
 
 def batch_minor(kernel: Kernel) -> Kernel:
@@ -45,14 +47,15 @@ def batch_minor(kernel: Kernel) -> Kernel:
     return call
 
 
-def residue(p: Array, q: Array) -> Array:
-    """[1, B], difference of two remainders that is rounding of equal masses rather than mass; 0 for integers.
+def residue(*marginals: Array) -> Array:
+    """[1, ...], difference of remainders that is rounding of equal masses rather than mass; 0 for integers.
 
-    Without it, 0.3 - 0.1 - 0.1 against 0.1 leaves a cell of 3e-17.
+    Reduces the first axis. Without it, 0.3 - 0.1 - 0.1 against 0.1 leaves a cell of 3e-17.
     """
-    if jnp.issubdtype(p.dtype, jnp.integer):
-        return jnp.zeros((1, p.shape[1]), p.dtype)
-    return 8 * jnp.finfo(p.dtype).eps * (jnp.max(p, axis=0, keepdims=True) + jnp.max(q, axis=0, keepdims=True))
+    largest = functools.reduce(jnp.add, [jnp.max(p, axis=0, keepdims=True) for p in marginals])
+    if jnp.issubdtype(largest.dtype, jnp.integer):
+        return jnp.zeros_like(largest)
+    return largest * (8 * float(jnp.finfo(largest.dtype).eps))
 
 
 def _settle(a: Array, b: Array, tolerance: Array) -> tuple[Array, Array, Array, Array]:
@@ -74,21 +77,30 @@ def _iota(x: Array) -> Array:
     return jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
 
 
-class _Step(NamedTuple):
+class Steps(NamedTuple):
+    """What a kernel did, step by step, the batch as the minor axis.
+
+    Attributes:
+        row: int32 [L, B].
+        column: int32 [L, B].
+        side: int32 [L, B], ``ROW``, ``COLUMN`` or ``IDLE``.
+        weight: [L, B].
+    """
+
     row: Array
     column: Array
     side: Array
     weight: Array
 
 
-def _outputs(steps: _Step) -> tuple[Tape, Array]:
-    row, column, side, weight = (x[:, 0, :] for x in steps)
-    idle = side == IDLE
-    return Tape(jnp.where(idle, 0, row), jnp.where(idle, 0, column), side), weight
+def _outputs(steps: Steps) -> Steps:
+    steps = Steps(*(x[:, 0, :] for x in steps))
+    idle = steps.side == IDLE
+    return steps._replace(row=jnp.where(idle, 0, steps.row), column=jnp.where(idle, 0, steps.column))
 
 
 @batch_minor
-def plain_kernel(p: Array, q: Array) -> tuple[Tape, Array]:
+def plain_kernel(p: Array, q: Array) -> Steps:
     """Largest against largest, ties to the smallest index. ``p [N, B]``, ``q [M, B]`` to L = N + M - 1 steps."""
     row_index, column_index, tolerance = _iota(p), _iota(q), residue(p, q)
 
@@ -99,7 +111,7 @@ def plain_kernel(p: Array, q: Array) -> tuple[Tape, Array]:
         weight, left_a, left_b, side = _settle(a, b, tolerance)
         p = jnp.where(row_index == row, left_a, p)
         q = jnp.where(column_index == column, left_b, q)
-        return (p, q), _Step(row, column, side, weight)
+        return (p, q), Steps(row, column, side, weight)
 
     return _outputs(jax.lax.scan(step, (p, q), length=p.shape[0] + q.shape[0] - 1)[1])
 
@@ -114,7 +126,7 @@ def sort_descending(p: Array) -> tuple[Array, Array]:
 
 
 @batch_minor
-def small_kernel(p: Array, q: Array) -> tuple[Tape, Array]:
+def small_kernel(p: Array, q: Array) -> Steps:
     """As :func:`plain_kernel`, and bit for bit the same off ties, for M much smaller than N."""
     (num_rows, batch), num_columns = p.shape, q.shape[0]
     sorted_p, order = sort_descending(p)
@@ -136,16 +148,16 @@ def small_kernel(p: Array, q: Array) -> tuple[Tape, Array]:
         slots = jnp.where(column_index == target, left_a, slots)
         owners = jnp.where(column_index == target, rank, owners)
         pointer = jnp.where(from_slot | (side == IDLE), pointer, pointer + 1)
-        return (pointer, slots, owners, q), _Step(rank, column, side, weight)
+        return (pointer, slots, owners, q), Steps(rank, column, side, weight)
 
     start = (jnp.zeros((1, batch), jnp.int32), jnp.zeros_like(q), jnp.zeros(q.shape, jnp.int32), q)
-    tape, weights = _outputs(jax.lax.scan(step, start, length=num_rows + num_columns - 1)[1])
-    rows = jnp.take_along_axis(order, jnp.minimum(tape.rows, num_rows - 1), axis=0)
-    return tape._replace(rows=jnp.where(tape.sides == IDLE, 0, rows)), weights
+    steps = _outputs(jax.lax.scan(step, start, length=num_rows + num_columns - 1)[1])
+    rows = jnp.take_along_axis(order, jnp.minimum(steps.row, num_rows - 1), axis=0)
+    return steps._replace(row=jnp.where(steps.side == IDLE, 0, rows))
 
 
 @batch_minor
-def zero_kernel(p: Array, q: Array) -> tuple[Tape, Array]:
+def zero_kernel(p: Array, q: Array) -> Steps:
     """Closest against closest: pairs the two masses of least difference, O(N + M) a step."""
     num_rows, tolerance = p.shape[0], residue(p, q)
     values, owners = sort_descending(jnp.concatenate([p, q]))
@@ -181,6 +193,6 @@ def zero_kernel(p: Array, q: Array) -> tuple[Tape, Array]:
             return jnp.where(alive & (index >= at), after, x)
 
         row, column = jnp.where(is_row, owner, partner), jnp.where(is_row, partner, owner) - num_rows
-        return (insert(values, left), insert(owners, owner)), _Step(row, column, side, weight)
+        return (insert(values, left), insert(owners, owner)), Steps(row, column, side, weight)
 
     return _outputs(jax.lax.scan(step, (values, owners), length=values.shape[0] - 1)[1])

@@ -34,12 +34,13 @@ class SparseCoupling(NamedTuple):
 
     @property
     def entropy(self) -> Array:
-        """Joint entropy in bits; no cell is listed twice, so the list suffices."""
+        """Joint entropy in bits; no cell is listed twice, so the list suffices. NaN if not valid."""
         weights = self.weights
         if jnp.issubdtype(weights.dtype, jnp.integer):
             weights = weights.astype(jnp.result_type(float))
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        return entropy(weights)
+        value = entropy(weights)
+        return jnp.where(self.valid, value, jnp.full_like(value, jnp.nan))
 
     @property
     def valid(self) -> Array:

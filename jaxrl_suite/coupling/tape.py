@@ -19,59 +19,60 @@ import jax.numpy as jnp
 
 from jaxrl_suite.types import Array
 
-ROW, COLUMN, IDLE = 0, 1, 2  # which side a step used up; IDLE steps pair nothing
+ROW, COLUMN, IDLE = 0, 1, 2  # which side a step of a pair used up; IDLE steps pair nothing
 
 
 class Tape(NamedTuple):
-    """Path of a greedy coupling of two marginals.
+    """Path of a greedy coupling of K marginals.
 
     Attributes:
-        rows: int32 [L], row of each step.
-        columns: int32 [L], column of each step.
-        sides: int32 [L], ``ROW`` or ``COLUMN``, whichever the step used up (``ROW`` if both), or ``IDLE``.
+        indices: int32 [L, K], the cell of each step.
+        sides: int32 [L], the marginal whose symbol the step used up (the first in a tie), or K if it paired nothing.
     """
 
-    rows: Array
-    columns: Array
+    indices: Array
     sides: Array
 
 
 @jax.custom_jvp
-def weights_of_tape(tape: Tape, weights: Array, p: Array, q: Array) -> Array:
+def weights_of_tape(tape: Tape, weights: Array, marginals: tuple[Array, ...]) -> Array:
     """The weights that a kernel found, as a differentiable function of the marginals.
 
     Args:
         tape: path of the kernel.
         weights: [L], what the kernel put into the cells; returned as it is.
-        p: [N], row masses.
-        q: [M], column masses.
+        marginals: K arrays of masses.
 
     Returns:
-        [L], ``weights``, with the derivative with respect to ``p`` and ``q`` along the tape.
+        [L], ``weights``, with the derivative with respect to the marginals along the tape.
     """
-    del tape, p, q
+    del tape, marginals
     return weights
 
 
 @weights_of_tape.defjvp
 def _weights_of_tape_jvp(primals, tangents):
-    tape, weights, p, q = primals
-    _, _, dp, dq = tangents
-    return weights_of_tape(tape, weights, p, q), tape_tangent(tape, dp, dq)
+    tape, weights, marginals = primals
+    return weights_of_tape(tape, weights, marginals), tape_tangent(tape, tangents[2])
 
 
-def tape_tangent(tape: Tape, dp: Array, dq: Array) -> Array:
-    """Change of the weights when the marginals change by ``dp [N]`` and ``dq [M]``; linear in both, [L].
+def tape_tangent(tape: Tape, tangents: tuple[Array, ...]) -> Array:
+    """Change of the weights [L] when the K marginals change by ``tangents``; linear in them.
 
-    One vector holds both remainders, so that a step is one gather and one scatter.
+    One vector holds the remainders of all marginals, so that a step is one gather and one scatter.
     """
-    num_rows = dp.shape[0]
+    num_marginals = len(tangents)
+    starts, start = [], 0
+    for tangent in tangents:
+        starts.append(start)
+        start += tangent.shape[0]
 
-    def step(left: Array, entry: Array) -> tuple[Array, Array]:
-        pair = entry[:2]
-        both = left[pair]
-        weight = jnp.where(entry[2] == ROW, both[0], jnp.where(entry[2] == COLUMN, both[1], jnp.zeros_like(both[0])))
-        return left.at[pair].add(-weight, unique_indices=True), weight
+    def step(left: Array, entry: tuple[Array, Array]) -> tuple[Array, Array]:
+        cell, side = entry
+        here = left[cell]
+        used_up = jax.lax.iota(jnp.int32, num_marginals) == side  # nothing in an idle step
+        weight = jnp.sum(jnp.where(used_up, here, jnp.zeros_like(here)))
+        return left.at[cell].add(-weight, unique_indices=True), weight
 
-    entries = jnp.stack([tape.rows, tape.columns + num_rows, tape.sides], axis=1)
-    return jax.lax.scan(step, jnp.concatenate([dp, dq]), entries)[1]
+    cells = tape.indices + jnp.array(starts, jnp.int32)[None, :]
+    return jax.lax.scan(step, jnp.concatenate(tangents), (cells, tape.sides))[1]
