@@ -331,9 +331,7 @@ def watch(event, arguments):  # Python announces what it is about to do to files
         os.kill(os.getpid(), signal.SIGKILL)
 if event_name != "any":
     sys.addaudithook(watch)
-step = 0
-while True:
-    step += 1
+for step in range(1, 200):  # ends by itself if nobody kills it
     save_checkpoint(folder, step, state(step), metadata={"half": step / 2}, keep=1)
     os.write(1, f"{step}\\n".encode())
 """

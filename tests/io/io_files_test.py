@@ -1,10 +1,13 @@
 """Files that are whole or not there."""
 
+import itertools
 import os
 import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -51,6 +54,30 @@ def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(files.FileError, match=r"cannot write .*choose a folder that you may write to"):
         files.atomic_write(tmp_path / "file" / "x", "a")
+
+
+def test_readers_never_see_a_part(tmp_path):
+    path = files.atomic_write(tmp_path / "x", b"0" * 3_000_000)
+
+    def write():
+        for digit in itertools.cycle(b"123456789"):
+            if enough.is_set():
+                return
+            files.atomic_write(path, bytes([digit]) * 3_000_000)
+
+    enough, seen = threading.Event(), set()
+    writer = threading.Thread(target=write)
+    writer.start()
+    deadline = time.monotonic() + 20
+    while len(seen) < 6 and time.monotonic() < deadline:
+        content = path.read_bytes()
+        whole = len(content) == 3_000_000 and content.count(content[:1]) == 3_000_000
+        seen.add(content[:1])
+        if not whole:
+            break
+    enough.set()
+    writer.join()
+    assert whole and len(seen) >= 6
 
 
 @pytest.mark.subprocess

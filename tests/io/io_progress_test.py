@@ -6,6 +6,7 @@ import pty
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -54,9 +55,29 @@ def test_counts_from_compiled_code_in_any_order():
     assert bar.completed == 60  # leaving the block waits for callbacks
 
 
+def test_leaving_waits_for_slow_programs():
+    @jax.jit
+    def slow(x):
+        x = jax.lax.fori_loop(0, 30, lambda _, y: y @ x, x)  # a few tenths of a second
+        jax.debug.callback(tick, 1, loss=x[0, 0])
+
+    with progress.ProgressBar("steps", total=1) as bar:
+        tick = progress.progress_callback(bar)
+        slow(jnp.eye(800))
+    assert bar.completed == 1
+
+
+class LetsOthersIn:
+    """A count in whose conversion another thread gets its turn."""
+
+    def __int__(self):
+        time.sleep(0)
+        return 1
+
+
 def test_counts_from_threads():
     with progress.ProgressBar("steps") as bar:
-        threads = [threading.Thread(target=lambda: [bar.advance() for _ in range(500)]) for _ in range(4)]
+        threads = [threading.Thread(target=lambda: [bar.advance(LetsOthersIn()) for _ in range(500)]) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
