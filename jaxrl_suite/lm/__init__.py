@@ -77,6 +77,7 @@ from jaxrl_suite.lm.pretrained import Pretrained, load_pretrained, save_pretrain
 from jaxrl_suite.lm.rope import rope_frequencies, rope_tables, rotate
 from jaxrl_suite.lm.routing import route, top_k_indices
 from jaxrl_suite.lm.sampling import Sampling, draw, sampling_logits
+from jaxrl_suite.lm.streaming import prepare_decode, stream
 from jaxrl_suite.lm.supervised import (
     SupervisedBatch,
     SupervisedState,
@@ -138,6 +139,7 @@ __all__ = [
     "parameter_shapes",
     "policy",
     "prefill",
+    "prepare_decode",
     "project",
     "rematerialised",
     "rms_norm",
@@ -154,6 +156,7 @@ __all__ = [
     "sequence_positions",
     "shared_expert",
     "sparse_feed_forward",
+    "stream",
     "supervised_loss",
     "supervised_step",
     "swiglu",

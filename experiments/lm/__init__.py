@@ -1,0 +1,1 @@
+"""Language models: talk to one, train one on a text."""
