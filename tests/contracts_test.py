@@ -18,24 +18,13 @@ for _family in FAMILIES:
     except ModuleNotFoundError as error:
         if error.name not in (f"tests.{_family}.{_family}_contracts", f"tests.{_family}"):
             raise
-by_name = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm.name)
 
 
-@by_name
-def test_jit_equals_eager(algorithm, key):
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm.name)
+def test_laws(algorithm, key):
+    """One test an algorithm, so that its checks share one compiled function."""
     testing.check_jit_equals_eager(algorithm, key)
-
-
-@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a.vmap], ids=lambda algorithm: algorithm.name)
-def test_vmap_equals_loop(algorithm, key):
-    testing.check_vmap_equals_loop(algorithm, key)
-
-
-@by_name
-def test_one_trace(algorithm, key):
+    if algorithm.vmap:
+        testing.check_vmap_equals_loop(algorithm, key)
     testing.check_one_trace(algorithm, key)
-
-
-@by_name
-def test_dtype_is_kept(algorithm, key):
     testing.check_dtype_kept(algorithm, key)
