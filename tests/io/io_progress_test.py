@@ -58,12 +58,12 @@ def test_counts_from_compiled_code_in_any_order():
 def test_leaving_waits_for_slow_programs():
     @jax.jit
     def slow(x):
-        x = jax.lax.fori_loop(0, 30, lambda _, y: y @ x, x)  # a few tenths of a second
+        x = jax.lax.fori_loop(0, 30, lambda _, y: y @ x, x)
         jax.debug.callback(tick, 1, loss=x[0, 0])
 
     with progress.ProgressBar("steps", total=1) as bar:
         tick = progress.progress_callback(bar)
-        slow(jnp.eye(800))
+        slow(jnp.eye(500))
     assert bar.completed == 1
 
 
