@@ -1,8 +1,22 @@
 """Multi-objective optimisation: hypervolume, fronts, archives, weights that learn. Larger is better everywhere."""
 
+from jaxrl_suite.pareto.aggregate import (
+    AGGREGATORS,
+    aggregate,
+    aligned_mtl,
+    cagrad,
+    imtl_g,
+    mgda,
+    nash_mtl,
+    pcgrad,
+    upgrad,
+)
 from jaxrl_suite.pareto.dominance import Archive, archive_insert, dominates, init_archive, non_dominated
 from jaxrl_suite.pareto.hypervolume import hypervolume, hypervolume_contributions, hypervolume_improvement
+from jaxrl_suite.pareto.indicators import igd_plus, r2
 from jaxrl_suite.pareto.influence import Linearisation, gram, gram_influence, influence, linearise
+from jaxrl_suite.pareto.quadratic import project_simplex, solve_quadratic
+from jaxrl_suite.pareto.scalarisers import boundary_intersection, linear, smooth_tchebycheff, tchebycheff
 from jaxrl_suite.pareto.statistics_weights import (
     ctwa_weights,
     gdpo_weights,
@@ -10,6 +24,7 @@ from jaxrl_suite.pareto.statistics_weights import (
     mo_grpo_weights,
     saw_weights,
 )
+from jaxrl_suite.pareto.transform import famo_weights, gram_of, multi_objective
 from jaxrl_suite.pareto.weights import (
     Signals,
     WeightRule,
@@ -27,17 +42,24 @@ from jaxrl_suite.pareto.weights import (
 )
 
 __all__ = [
+    "AGGREGATORS",
     "Archive",
     "Linearisation",
     "Signals",
     "WeightRule",
+    "aggregate",
+    "aligned_mtl",
     "archive_insert",
+    "boundary_intersection",
+    "cagrad",
     "ctwa_weights",
     "dominates",
+    "famo_weights",
     "fixed_weights",
     "gdpo_weights",
     "gram",
     "gram_influence",
+    "gram_of",
     "hypervolume",
     "hypervolume_contributions",
     "hypervolume_gain",
@@ -46,16 +68,29 @@ __all__ = [
     "hypervolume_gradient_weights",
     "hypervolume_improvement",
     "hypervolume_weights_population",
+    "igd_plus",
+    "imtl_g",
     "influence",
     "influence_step",
     "influence_weights",
     "init_archive",
     "lagrangian_weights",
+    "linear",
     "linearise",
+    "mgda",
     "mo_grpo_weights",
+    "multi_objective",
+    "nash_mtl",
     "non_dominated",
+    "pcgrad",
+    "project_simplex",
+    "r2",
     "saw_weights",
     "scheduled_weights",
+    "smooth_tchebycheff",
+    "solve_quadratic",
+    "tchebycheff",
     "tchebycheff_weights",
+    "upgrad",
     "weight_gain",
 ]

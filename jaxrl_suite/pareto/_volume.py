@@ -170,8 +170,8 @@ def volume_and_gradient(points: Array) -> tuple[Array, Array]:
     num_axes = points.shape[0]
     if num_axes == 1:
         best = jnp.argmax(points[0], axis=0)
-        gradient = (jnp.arange(points.shape[1])[:, None] == best[None, :]).astype(points.dtype)
-        return jnp.max(points[0], axis=0), gradient[None]
+        highest = (jnp.arange(points.shape[1])[:, None] == best[None, :]).astype(points.dtype)
+        return jnp.max(points[0], axis=0), highest[None]
     if num_axes == 2:
         top = _exposed_length(points[0], points[1])
         return jnp.sum(points[1] * top, axis=0), jnp.stack([_exposed_length(points[1], points[0]), top])

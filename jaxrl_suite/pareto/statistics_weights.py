@@ -67,7 +67,7 @@ def saw_weights(weights: Array, *, decay: float = 0.0) -> WeightRule:
         raw = weights * variation
         return state, jnp.where(jnp.sum(raw) > 0, _normalise(raw), weights)
 
-    return WeightRule(init, step)
+    return WeightRule(init, step, ("rewards",))
 
 
 class CtwaState(NamedTuple):
@@ -114,7 +114,7 @@ def ctwa_weights(weights: Array, rate: Array | float, *, targets: Array, decay: 
         log_weights = jax.nn.log_softmax(state.log_weights + change)
         return CtwaState(log_weights, average), jnp.exp(log_weights)
 
-    return WeightRule(init, step)
+    return WeightRule(init, step, ("rewards", "advantages"))
 
 
 def mo_grpo_weights(weights: Array) -> WeightRule:
@@ -135,7 +135,7 @@ def mo_grpo_weights(weights: Array) -> WeightRule:
         spread = _spread(_need(signals.rewards, "rewards").astype(weights.dtype), (1, 2))
         return state, _normalise(weights / jnp.where(spread > _EPSILON, spread, 1))
 
-    return WeightRule(lambda: (), step)
+    return WeightRule(lambda: (), step, ("rewards",))
 
 
 def gdpo_weights(weights: Array) -> WeightRule:
@@ -159,7 +159,7 @@ def gdpo_weights(weights: Array) -> WeightRule:
         flat = variance <= _EPSILON**2
         return state, _normalise(weights / jnp.where(flat, 1, jnp.sqrt(jnp.where(flat, 1, variance))))
 
-    return WeightRule(lambda: (), step)
+    return WeightRule(lambda: (), step, ("rewards",))
 
 
 def lagrangian_weights(
@@ -187,4 +187,4 @@ def lagrangian_weights(
         state = jnp.clip(state + jnp.asarray(rate, weights.dtype) * gap, 0, max_multiplier)
         return state, _normalise(weights + state)
 
-    return WeightRule(lambda: jnp.zeros_like(weights), step)
+    return WeightRule(lambda: jnp.zeros_like(weights), step, ("objectives",))

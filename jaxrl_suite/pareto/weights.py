@@ -44,10 +44,12 @@ class WeightRule(NamedTuple):
     Attributes:
         init: ``init() -> state``.
         step: ``step(state, signals) -> (state, weights [K])``.
+        reads: names of the signals that the rule reads, so that nobody computes the others.
     """
 
     init: Callable[[], Any]
     step: Callable[[Any, Signals], tuple[Any, Array]]
+    reads: tuple[str, ...] = ()
 
 
 def check_simplex(weights: Any, *, argument: str = "weights") -> Array:
@@ -175,7 +177,7 @@ def hypervolume_gain_weights(
         gain = jnp.where(state.started, hypervolume_gain(delta), state.gain)
         return HypervolumeGainState(archive, gain, delta, jnp.ones((), bool)), weights
 
-    return WeightRule(init, step)
+    return WeightRule(init, step, ("objectives",))
 
 
 def influence_step(
@@ -258,7 +260,7 @@ def influence_weights(
         result = jnp.exp(log_weights)
         return state, result if floor == 0 else (1 - num_objectives * floor) * result + floor
 
-    return WeightRule(init, step)
+    return WeightRule(init, step, ("influence",))
 
 
 def tchebycheff_weights(weights: Array, ideal: Array, *, temperature: Array | float) -> WeightRule:
@@ -282,7 +284,7 @@ def tchebycheff_weights(weights: Array, ideal: Array, *, temperature: Array | fl
         gaps = weights * (ideal - _need(signals.objectives, "objectives"))
         return state, _normalise(weights * jax.nn.softmax(gaps / jnp.asarray(temperature, weights.dtype)))
 
-    return WeightRule(lambda: (), step)
+    return WeightRule(lambda: (), step, ("objectives",))
 
 
 def hypervolume_gradient(point: Array, points: Array, reference: Array, *, mask: Array | None = None) -> Array:
@@ -348,7 +350,7 @@ def hypervolume_gradient_weights(
             state = archive_insert(state, jax.lax.stop_gradient(point))[0]
         return state, (1 - mixing) * chosen + mixing * weights
 
-    return WeightRule(lambda: init_archive(capacity if front is None else 1, reference), step)
+    return WeightRule(lambda: init_archive(capacity if front is None else 1, reference), step, ("objectives",))
 
 
 def hypervolume_weights_population(objectives: Array, reference: Array) -> Array:

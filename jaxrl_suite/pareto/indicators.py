@@ -1,0 +1,61 @@
+"""How good an approximation of a front is, beside its hypervolume: IGD+ and R2. Smaller is better for both."""
+
+import jax.numpy as jnp
+
+from jaxrl_suite.types import Array
+
+
+def igd_plus(points: Array, front: Array, *, mask: Array | None = None) -> Array:
+    """Mean distance from a known front to the region that a set dominates (inverted generational distance plus).
+
+    ``IGD+ = mean over z in front of min over p in points of |max(z - p, 0)|``; weakly Pareto-compliant.
+
+    Args:
+        points: [N, K], larger is better.
+        front: [M, K], the known front.
+        mask: bool [N], rows of ``points`` that count.
+
+    Returns:
+        Scalar, not negative; infinite for an empty set.
+
+    References:
+        Ishibuchi et al. (2015), "Modified distance calculation in generational distance and inverted generational
+        distance".
+
+    >>> import jax.numpy as jnp
+    >>> float(igd_plus(jnp.array([[1.0, 1.0]]), jnp.array([[1.0, 2.0], [0.5, 0.5]])))
+    0.5
+    """
+    lack = jnp.maximum(front[:, None, :] - points[None, :, :], 0)
+    square = jnp.sum(lack * lack, axis=-1)
+    distance = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    if mask is not None:
+        distance = jnp.where(mask[None, :], distance, jnp.inf)
+    return jnp.mean(jnp.min(distance, axis=1))
+
+
+def r2(points: Array, weights: Array, ideal: Array, *, mask: Array | None = None) -> Array:
+    """Mean over weightings of the best Tchebycheff value that the set offers.
+
+    ``R2 = mean over w of min over p of max_i w_i (z_i - p_i)``.
+
+    Args:
+        points: [N, K], larger is better.
+        weights: [M, K], a spread of weightings.
+        ideal: [K], z.
+        mask: bool [N], rows of ``points`` that count.
+
+    Returns:
+        Scalar; infinite for an empty set.
+
+    References:
+        Hansen and Jaszkiewicz (1998); Brockhoff, Wagner and Trautmann (2012), "On the properties of the R2 indicator".
+
+    >>> import jax.numpy as jnp
+    >>> float(r2(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[0.5, 0.5]]), jnp.ones(2)))
+    0.5
+    """
+    values = jnp.max(weights[:, None, :] * (ideal - points)[None, :, :], axis=-1)
+    if mask is not None:
+        values = jnp.where(mask[None, :], values, jnp.inf)
+    return jnp.mean(jnp.min(values, axis=1))
