@@ -1,0 +1,268 @@
+"""The published tables, the gate of the planner, and the command that plans."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.cluster import plan as command
+from experiments.cluster.models import MODELS, PAPER_NAMES
+from experiments.cluster.paper_fit import (
+    bubble_check,
+    disagreements,
+    fit_paper,
+    leave_one_model_out,
+    paper_choices,
+    workload_of,
+)
+from experiments.cluster.paper_tables import METHODS, all_rows, table_3, table_4, table_5
+from experiments.cluster.predicted_mfu import as_run
+from jaxrl_suite.moe.cost_fit import PAPER_CONSTANTS, fit, predict, rank_correlation, select_rows
+from jaxrl_suite.moe.cost_memory import device_memory
+from jaxrl_suite.moe.cost_model import RECOMPUTE
+from jaxrl_suite.moe.hardware import Hardware
+from jaxrl_suite.moe.planner import plan, unfolded
+from jaxrl_suite.moe.planner import predict as predict_one
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return fit_paper()
+
+
+@pytest.fixture(scope="module")
+def left_out(fitted):
+    return leave_one_model_out(fitted[0])[0]
+
+
+def columns(rows):
+    tables, methods = np.array([r.table for r in rows.rows]), np.array([r.method for r in rows.rows])
+    return tables, np.array(rows.models), np.char.startswith(methods, "MCore")
+
+
+def test_tables_have_the_published_numbers_of_rows():
+    assert len(table_3()) == 20 and sum(row.mfu_percent is None for row in table_3()) == 2
+    assert len(table_4()) == 61 and len(table_5()) == 8
+    for row in all_rows():
+        assert row.folding.num_ranks == row.num_devices
+        assert row.folding.etp in ((1,) if "folding" in row.method else (row.folding.tp,))
+
+
+def test_default_constants_are_those_of_the_fit(fitted):
+    _, found = fitted
+    assert found.converged
+    np.testing.assert_allclose(np.array(found.constants), np.array(PAPER_CONSTANTS), rtol=2e-3)
+
+
+def test_joint_fit(fitted):
+    """Section 5.5: 4.3, 3.3 and 5.2 % mean error with rank correlations 0.99, 0.985 and 0.93 on 58 rows.
+
+    Here all 87 numeric rows and the four choices of the search count, baselines of table 4 included.
+    """
+    rows, found = fitted
+    tables, _, _ = columns(rows)
+    for table, error, correlation in ((3, 0.045, 0.99), (4, 0.045, 0.985), (5, 0.052, 0.93)):
+        chosen = tables == table
+        assert found.errors[chosen].mean() < error, table
+        assert rank_correlation(found.predicted[chosen], rows.measured[chosen]) > correlation, table
+
+
+def test_a_fit_to_table_3_predicts_tables_4_and_5(fitted):
+    """Section 5.5: 3.8 % on table 3; held out 4.9 % and 0.96 on 32 rows of table 4, 14 % and 0.57 on table 5."""
+    rows, _ = fitted
+    tables, _, core = columns(rows)
+    found = fit(select_rows(rows.counts, tables == 3), rows.measured[tables == 3], Hardware())
+    predicted = predict(rows.counts, found.constants, Hardware())
+    error = np.abs(predicted / rows.measured - 1)
+    assert error[tables == 3].mean() < 0.038
+    for chosen, limit, correlation in (((tables == 4) & core, 0.049, 0.96), (tables == 5, 0.14, 0.57)):
+        assert error[chosen].mean() < limit
+        assert rank_correlation(predicted[chosen], rows.measured[chosen]) > correlation
+
+
+@pytest.mark.parametrize("model", list(PAPER_NAMES))
+def test_gate_a_model_left_out_is_predicted_within_8_percent(fitted, left_out, model):
+    """Property 30 and section 5.5: fitted on three models, all rows of the fourth in tables 3 and 4."""
+    rows, _ = fitted
+    tables, models, _ = columns(rows)
+    chosen = (models == model) & (tables < 5)
+    assert np.abs(left_out[chosen] / rows.measured[chosen] - 1).mean() <= 0.08
+    assert rank_correlation(left_out[chosen], rows.measured[chosen]) > 0.94
+
+
+def test_gate_order_of_methods(fitted, left_out):
+    """Property 30: methods of a left-out model in the right order, pairs closer than 5 % aside.
+
+    All of table 3. Of table 4 one pair is turned: at 1,024 GPUs 8.6 and 8.1 % are predicted as 7.9 and 8.1 %.
+    """
+    wrong = disagreements(fitted[0], left_out)
+    assert [(a.table, a.model, a.num_devices, a.method, b.method) for a, b in wrong] == [
+        (4, "mixtral-8x22b-g8t8", 1024, "FSDP+EP", "TP+EP+DP")
+    ]
+
+
+def test_out_of_memory_rows_are_flagged():
+    """Property 30: the two rows of table 3 without a number fit at no recomputation; 17 of the others fit.
+
+    The row that is wrongly flagged is Qwen2 with FSDP, 9 % above the limit.
+    """
+    for row in table_3():
+        if row.mfu_percent is None:
+            held = [
+                device_memory(MODELS[row.model], row.folding, workload_of(row, recompute=r)).total for r in RECOMPUTE
+            ]
+            assert min(held) > 80e9, row
+    flagged = [(row.model, row.method) for row in table_3() if row.mfu_percent is not None and not as_run(row).fits]
+    assert flagged == [("qwen2-57b-a14b", "FSDP")]
+
+
+def test_long_context_rows_fit():
+    assert all(predict_one(MODELS[row.model], row.folding, workload_of(row)).fits for row in table_5())
+
+
+def test_published_folded_mappings_beat_their_unfolded_form():
+    """Property 30 on the published rows: never slower, never more bytes between nodes, EP or weights kept."""
+    compared = 0
+    for row in all_rows():
+        if "folding" not in row.method:
+            continue
+        folded = predict_one(MODELS[row.model], row.folding, workload_of(row))
+        for keep in ("ep", "memory"):
+            partner = unfolded(row.folding, keep=keep)
+            if partner is None:
+                continue
+            other = predict_one(MODELS[row.model], partner, workload_of(row))
+            assert folded.seconds.total <= other.seconds.total, (row, partner)
+            compared += 1
+    assert compared > 20
+
+
+def test_search_of_the_paper_is_reproduced():
+    """The paper's folded mapping among all that fit: first 5 %, and first four with its own settings.
+
+    Its own settings are CP = 1 at 4,096 tokens, nothing recomputed, weights at the output of experts; there it is
+    within 4 % of the best.
+    """
+    for row in table_3():
+        if row.method != METHODS[-1] or row.model not in ("mixtral-8x22b", "qwen2-57b-a14b"):
+            continue
+        model = MODELS[row.model]
+        everything = [c.folding for c in plan(model, row.num_devices, workload_of(row)).fitting]
+        assert everything.index(row.folding) < 0.05 * len(everything)
+        step = workload_of(row, weigh_output=True)
+        searched = plan(model, row.num_devices, step, recompute="none", shardings=("zero1",)).fitting
+        own = [c for c in searched if c.folding.cp == 1]
+        (place,) = [i for i, c in enumerate(own) if c.folding == row.folding]
+        assert place < 4 and own[place].seconds.total < 1.04 * own[0].seconds.total
+
+
+def test_choices_leave_the_chosen_mapping_close_to_the_best():
+    choices = paper_choices()
+    assert [choice.label for choice in choices] == list(PAPER_NAMES)
+    assert all(len(choice.alternatives.work.expert_rows) >= 3 for choice in choices)
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "low", "high"),
+    [
+        ("mixtral-8x22b", "MCore", 0.40, 0.48),
+        ("mixtral-8x22b", "MCore with folding", 0.40, 0.48),
+        ("qwen2-57b-a14b", "MCore", 0.54, 0.65),
+        ("qwen2-57b-a14b", "MCore with folding", 0.54, 0.65),
+        ("llama3-8x70b", "MCore", 0.25, 0.65),
+        ("llama3-8x70b", "MCore with folding", 0.25, 0.65),
+        ("mixtral-8x22b-g8t8", "MCore", 0.90, 1.4),
+        ("mixtral-8x22b-g8t8", "MCore with folding", 0.90, 1.4),
+    ],
+)
+def test_strong_scaling_is_mostly_fewer_micro_batches(model, method, low, high):
+    """Section 5.5, bubble alone: one parameter u in MFU ~ 1 / (1 + u (PP - 1) / m) draws each curve of table 4."""
+    u, error = bubble_check(model, method)
+    assert low <= u <= high and error < 0.035
+
+
+def run(capsys, *arguments):
+    code = command.main(arguments)
+    return code, capsys.readouterr().out
+
+
+def test_plan_answers_a_new_user(capsys):
+    """I have 64 H100s and Qwen2-57B-A14B at 32K, what do I launch?"""
+    code, text = run(capsys, "--model=qwen2-57b-a14b", "--gpus=64", "--sequence=32768", "--global_batch=128", "--top=2")
+    assert code == 0
+    for words in (
+        "1,596 foldings",
+        "rank  attention",
+        "Time:",
+        "Groups:",
+        "Memory:",
+        'To launch the first: --folding="',
+    ):
+        assert words in text, words
+    assert "\x1b" not in text and "│" not in text, "plain off a terminal"
+
+
+def test_plan_compares_a_named_folding_and_writes_json(capsys):
+    arguments = ["--model=mixtral-8x7b", "--gpus=16", "--global_batch=64", "--top=1"]
+    code, text = run(capsys, *arguments, "--folding=attention=tp4 experts=etp4.ep2")
+    assert code == 0 and "slower than the best" in text
+    code, text = run(capsys, *arguments, "--json", "--folding=attention=tp4 experts=etp4.ep2")
+    found = json.loads(text)
+    assert code == 0 and found["candidates"][0]["fits"] and len(found["candidates"]) == 1
+    best, asked = found["candidates"][0], found["asked"]
+    assert sum(best["seconds"].values()) == pytest.approx(best["step_seconds"])
+    assert asked["folding"].startswith("attention=tp4") and asked["step_seconds"] > best["step_seconds"]
+
+
+def test_plan_refits_to_measured_rows(capsys, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        "model,gpus,sequence,global_batch,folding,mfu_percent\n"
+        "mixtral-8x7b,16,4096,64,attention=tp4 experts=etp4.ep2,20\n"
+        "mixtral-8x7b,16,4096,64,attention=tp2 experts=ep8,25\n"
+    )
+    arguments = ["--model=mixtral-8x7b", "--gpus=16", "--global_batch=64", "--top=1"]
+    code, text = run(capsys, *arguments, f"--csv={path}")
+    assert code == 0 and "Constants refitted to 2 rows" in text
+    _, plain = run(capsys, *arguments)
+    assert "refitted" not in plain and text.splitlines()[3] != plain.splitlines()[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model=mixtral-9x22b --gpus=64", "--model=mixtral-9x22b: unknown. Did you mean mixtral-8x22b?"),
+        ("--model=mixtral-8x22b --gpus=13", "Nearest numbers of devices that work: 8, 14, 16."),
+        ("--model=mixtral-8x22b --gpus=4", "does not fit. The folding that needs least"),
+        ("--model=mixtral-8x22b --gpus=0", "--gpus=0: must be between 1 and 8192."),
+        ("--model=mixtral-8x22b", "--gpus is missing. Example:"),
+        ("--gpus=8", "--model is missing. Example:"),
+        ("--model=mixtral-8x22b --gpu=8", "--gpu=8 is no flag of plan. Did you mean --gpus?"),
+        ("--model=mixtral-8x22b --gpus=many", "--gpus: invalid int value: 'many'"),
+        ("--model=mixtral-8x22b --gpus=64 --sequence=0", "sequence=0: must be positive."),
+        ("--model=mixtral-8x22b --gpus=64 --top=0", "--top=0: must be at least 1."),
+        ("--model=mixtral-8x22b --gpus=64 --hardware=v100", "hardware='v100': unknown. Known: h100"),
+        ("--model=mixtral-8x22b --gpus=64 --csv=/no/file.csv", "--csv=/no/file.csv: no such file."),
+        ("--model=mixtral-8x7b --gpus=16 --global_batch=64 --folding=tp2", "folding='tp2': cannot be read."),
+    ],
+)
+def test_bad_input_is_one_line(capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        command.main(arguments.split())
+    text = capsys.readouterr().err
+    assert ended.value.code == 2 and text.startswith("error: ") and message in text and text.count("\n") == 1, text
+
+
+def test_a_model_that_does_not_fit_says_by_how_much_and_where_it_would(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--model=mixtral-8x7b", "--gpus=4", "--global_batch=64"])
+    text = capsys.readouterr().err
+    assert "GB too much" in text and "devices hold it" in text
+
+
+def test_a_wrong_row_is_named(capsys, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("model,gpus,sequence,global_batch,folding,step_seconds\nmixtral-8x7b,16,4096,64,attention=tp5,2\n")
+    with pytest.raises(SystemExit):
+        command.main(["--model=mixtral-8x7b", "--gpus=16", f"--csv={path}"])
+    assert "rows.csv line 2, folding='attention=tp5'" in capsys.readouterr().err
