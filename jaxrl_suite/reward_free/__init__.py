@@ -1,5 +1,6 @@
 """Reward-free exploration of linear mixture models: explore once without a reward, plan for any reward afterwards."""
 
+from jaxrl_suite.reward_free.certificate import CertificateOutput, certificate
 from jaxrl_suite.reward_free.config import ExplorerConfig, HParams, paper_num_moments
 from jaxrl_suite.reward_free.explorer import ExplorerState, advance, explore, finish, init_explorer
 from jaxrl_suite.reward_free.moments import MomentWeights, moment_weights, squared_powers
@@ -17,8 +18,10 @@ from jaxrl_suite.reward_free.rewards import (
 from jaxrl_suite.reward_free.search import search_rewards
 from jaxrl_suite.reward_free.types import Estimate, Exploration, Record
 from jaxrl_suite.reward_free.uncertainty import UncertaintyOutput, uncertainty_value
+from jaxrl_suite.reward_free.widths import Widest, widest_functions, width_bound
 
 __all__ = [
+    "CertificateOutput",
     "Estimate",
     "Exploration",
     "ExplorerConfig",
@@ -29,7 +32,9 @@ __all__ = [
     "Projection",
     "Record",
     "UncertaintyOutput",
+    "Widest",
     "advance",
+    "certificate",
     "check_rewards",
     "explore",
     "finish",
@@ -52,5 +57,7 @@ __all__ = [
     "uncertainty_value",
     "value_error",
     "weighted_ridge",
+    "widest_functions",
     "width",
+    "width_bound",
 ]

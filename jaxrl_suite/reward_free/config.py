@@ -31,6 +31,9 @@ class ExplorerConfig(Config):
     ascent_steps: int = field(10, help="ascent steps of the oracle an episode")
     num_starts: int = field(4, help="starts of the oracle: the last answer and random one-step rewards")
     families: Literal["two", "one"] = field("two", help="regress on both value families, or on the pseudo value alone")
+    targets: Literal["values", "widths"] = field(
+        "values", help="what is regressed on: both value families (paper), or the widest function met"
+    )
     lazy: bool = field(False, help="ask the oracle only when a determinant has doubled")
     output: Literal["best", "last", "final"] = field(
         "best", help="plan with the most certain episode, the last (paper), or all data"
@@ -43,6 +46,12 @@ class ExplorerConfig(Config):
         for name, least in (("horizon", 1), ("num_episodes", 1), ("num_moments", 1), ("num_starts", 1)):
             value = getattr(self, name)
             check(value >= least, argument=f"ExplorerConfig.{name}", value=value, rule=f"must be at least {least}")
+        check(
+            self.targets == "values" or self.algorithm in ("hf_ucrl_rfe_pp", "unweighted", "uniform"),
+            argument="ExplorerConfig.targets",
+            value=self.targets,
+            rule=f"cannot be chosen for algorithm={self.algorithm!r}",
+        )
         check(
             self.ascent_steps >= 0,
             argument="ExplorerConfig.ascent_steps",

@@ -8,12 +8,23 @@ import jax.numpy as jnp
 
 from jaxrl_suite.config import check
 from jaxrl_suite.mdp import LinearMixtureMDP
+from jaxrl_suite.reward_free.baselines import (
+    CountState,
+    count_episode,
+    empirical_kernel,
+    finish_width,
+    init_counts,
+    init_width,
+    width_episode,
+)
 from jaxrl_suite.reward_free.config import ExplorerConfig, HParams
-from jaxrl_suite.reward_free.hf import HFState, hf_episode, init_hf, pooled
+from jaxrl_suite.reward_free.hf import hf_episode, init_hf, pooled
 from jaxrl_suite.reward_free.projection import project_parameter
-from jaxrl_suite.reward_free.regression import fit
+from jaxrl_suite.reward_free.regression import RidgeStatistics, fit
 from jaxrl_suite.reward_free.types import Estimate, Exploration, Record
 from jaxrl_suite.types import Array, PRNGKey
+
+_WIDTH_ALGORITHMS = ("ucrl_rfe", "ucrl_rfe_plus")
 
 
 class ExplorerState(NamedTuple):
@@ -67,6 +78,10 @@ def explore(
 
 def init_explorer(key: PRNGKey, mdp: LinearMixtureMDP, config: ExplorerConfig, hparams: HParams) -> ExplorerState:
     """The state before the first episode."""
+    if config.algorithm == "rf_ucrl":
+        return ExplorerState(key, init_counts(mdp, config))
+    if config.algorithm in _WIDTH_ALGORITHMS:
+        return ExplorerState(key, init_width(mdp, config, hparams))
     return ExplorerState(key, init_hf(mdp, config, hparams))
 
 
@@ -96,9 +111,15 @@ def advance(
         State after, and the records [num_episodes, ...].
     """
 
-    def body(inner: HFState, episode: Array) -> tuple[HFState, Record]:
+    play_episode = hf_episode
+    if config.algorithm == "rf_ucrl":
+        play_episode = count_episode
+    elif config.algorithm in _WIDTH_ALGORITHMS:
+        play_episode = width_episode
+
+    def body(inner: Any, episode: Array) -> tuple[Any, Record]:
         episode_key = jax.random.fold_in(state.key, episode)
-        return hf_episode(mdp, config, hparams, inner, episode_key, episode, reward)
+        return play_episode(mdp, config, hparams, inner, episode_key, episode, reward)
 
     inner, records = jax.lax.scan(body, state.inner, start + jnp.arange(num_episodes))
     return ExplorerState(state.key, inner), records
@@ -109,8 +130,11 @@ def finish(
 ) -> Exploration:
     """Turns the final state and the joined records into an :class:`Exploration`."""
     inner = state.inner
-    chosen = inner.best
-    if config.output == "final":
+    if config.algorithm == "rf_ucrl":
+        return _finish_counts(mdp, config, inner, history)
+    if config.algorithm in _WIDTH_ALGORITHMS:
+        chosen = finish_width(config, inner, history)
+    elif config.output == "final":
         chosen = Estimate(
             pooled(inner.statistics),
             inner.statistics.gram[:, 0],
@@ -118,24 +142,42 @@ def finish(
             history.uncertainty[-1],
             jnp.int32(config.num_episodes),
         )
+    else:
+        chosen = inner.best
     theta, metric = chosen.theta, jnp.sum(chosen.gram, axis=0)
     if config.planner_estimator == "onehot":
         theta, metric = fit(inner.onehot).theta, inner.onehot.gram
-    model, residual = kernel_of(mdp, config, theta, metric)
+    theta, model, residual = kernel_of(mdp, config, theta, metric)
+    finite = inner.finite & jnp.all(jnp.isfinite(model))
     return Exploration(
         history,
         inner.statistics,
-        chosen,
+        chosen._replace(theta=theta),
         model,
         mdp.successors,
         mdp.start,
         residual,
-        inner.finite & jnp.all(jnp.isfinite(model)),
+        finite,
     )
 
 
-def kernel_of(mdp: LinearMixtureMDP, config: ExplorerConfig, theta: Array, gram: Array) -> tuple[Array, Array]:
-    """Kernel [S, A, N] of an estimate, and how far the estimate itself was from one.
+def _finish_counts(mdp: LinearMixtureMDP, config: ExplorerConfig, state: CountState, history: Record) -> Exploration:
+    """RF-UCRL has counts instead of regressions; its parameter is left at the centre of the ridge."""
+    dimension, dtype = mdp.dimension, mdp.features.dtype
+    chosen = Estimate(
+        mdp.nominal,
+        jnp.broadcast_to(jnp.eye(dimension, dtype=dtype), (1, dimension, dimension)),
+        state.policy,
+        history.uncertainty[-1],
+        jnp.int32(config.num_episodes),
+    )
+    visits = RidgeStatistics(jnp.sum(state.counts, axis=-1), state.counts)
+    model, zero = empirical_kernel(mdp, state.counts), jnp.zeros((), dtype)
+    return Exploration(history, visits, chosen, model, mdp.successors, mdp.start, zero, jnp.array(True))
+
+
+def kernel_of(mdp: LinearMixtureMDP, config: ExplorerConfig, theta: Array, gram: Array) -> tuple[Array, Array, Array]:
+    """Parameter and kernel [S, A, N] that planning uses, and how far the estimate was from a kernel.
 
     With ``config.project`` the estimate is projected first; what rounding leaves is cut at 0 and rescaled. Without, the
     raw ``phi . theta`` is returned.
@@ -143,9 +185,10 @@ def kernel_of(mdp: LinearMixtureMDP, config: ExplorerConfig, theta: Array, gram:
     raw = mdp.kernel(theta)
     violation = jnp.maximum(-jnp.min(raw), jnp.max(jnp.abs(jnp.sum(raw, axis=-1) - 1.0)))
     if not config.project:
-        return raw, violation
-    projected = jnp.maximum(mdp.kernel(project_parameter(mdp, theta, gram).theta), 0.0)
-    return projected / jnp.sum(projected, axis=-1, keepdims=True), violation
+        return theta, raw, violation
+    theta = project_parameter(mdp, theta, gram).theta
+    kernel = jnp.maximum(mdp.kernel(theta), 0.0)
+    return theta, kernel / jnp.sum(kernel, axis=-1, keepdims=True), violation
 
 
 def _check_reward(mdp: LinearMixtureMDP, config: ExplorerConfig, reward: Array | None) -> None:

@@ -14,7 +14,7 @@ from jaxrl_suite.mdp import LinearMixtureMDP, step_index
 from jaxrl_suite.reward_free.config import ExplorerConfig, HParams
 from jaxrl_suite.reward_free.moments import moment_weights, squared_powers
 from jaxrl_suite.reward_free.oracles import OracleAnswer, ask_oracle, optimistic_plan
-from jaxrl_suite.reward_free.radius import Scales, confidence_radius, scales
+from jaxrl_suite.reward_free.radius import Scales, confidence_radius, least_deviation, scales
 from jaxrl_suite.reward_free.regression import (
     RidgeFit,
     RidgeStatistics,
@@ -25,6 +25,7 @@ from jaxrl_suite.reward_free.regression import (
     sherman_morrison,
 )
 from jaxrl_suite.reward_free.types import Estimate, Record
+from jaxrl_suite.reward_free.widths import widest_functions
 from jaxrl_suite.types import Array, PRNGKey
 
 
@@ -53,7 +54,7 @@ def init_hf(mdp: LinearMixtureMDP, config: ExplorerConfig, hparams: HParams) -> 
     sizes, dtype = scales(mdp, config, hparams), mdp.features.dtype
     families, horizon = num_families(config), config.horizon
     center = ridge_center(mdp, config)
-    statistics = init_statistics((families, config.num_moments), sizes.ridge, center)
+    statistics = init_statistics((families, num_levels(config)), sizes.ridge, center)
     plane = (horizon, mdp.num_states)
     answer = OracleAnswer(
         logits=jnp.zeros((*plane, mdp.num_actions), dtype),
@@ -144,7 +145,13 @@ def hf_episode(
 
 def num_families(config: ExplorerConfig) -> int:
     """Regressions that run side by side."""
-    return 1 if config.families == "one" or config.algorithm == "hf_ucrl_vtr_plus" else 2
+    single = config.families == "one" or config.targets == "widths" or config.algorithm == "hf_ucrl_vtr_plus"
+    return 1 if single else 2
+
+
+def num_levels(config: ExplorerConfig) -> int:
+    """Moment levels; indicators equal their own powers, so that one regression estimates every moment of a widest f."""
+    return 1 if config.targets == "widths" else config.num_moments
 
 
 def ridge_center(mdp: LinearMixtureMDP, config: ExplorerConfig) -> Array:
@@ -154,7 +161,6 @@ def ridge_center(mdp: LinearMixtureMDP, config: ExplorerConfig) -> Array:
 
 def exploration_radius(config: ExplorerConfig, hparams: HParams, sizes: Scales, statistics: RidgeStatistics) -> Array:
     """Radius of each family, [F], times the scale that exploration asks for."""
-    least = jnp.ones((), sizes.floor.dtype) if config.algorithm == "unweighted" else sizes.floor
     radius = confidence_radius(
         config.radius,
         statistics.gram[:, 0],
@@ -162,7 +168,7 @@ def exploration_radius(config: ExplorerConfig, hparams: HParams, sizes: Scales, 
         horizon=config.horizon,
         num_episodes=config.num_episodes,
         delta=jnp.asarray(hparams.delta, sizes.floor.dtype),
-        least_deviation=least,
+        least_deviation=least_deviation(config, sizes.floor),
     )
     return hparams.radius_scale * radius
 
@@ -225,6 +231,7 @@ def _play(
 ) -> _Played:
     """Plays the policy and weighs each transition with the covariances as they stand at that step."""
     families, moments = solved.theta.shape[:2]
+    widest = widest_functions(mdp, solved.inverse[0, 0]).functions if config.targets == "widths" else None
     functions = jnp.stack([answer.values, answer.uncertainty][:families], axis=1)[1:]  # [H, F, S]
     powers = jnp.moveaxis(squared_powers(functions, moments), 0, 2)  # [H, F, M, S]
     draw_key, action_key = jax.random.split(key)
@@ -237,10 +244,14 @@ def _play(
         action = random_action if config.algorithm == "uniform" else row[state]
         index = step_index(mdp, uniform, state, action)
         ahead = power[..., mdp.successors[state, action]]  # [F, M, N]
+        if widest is not None:
+            ahead = widest[state, action][None, None]
         features = jnp.einsum("fmn,nd->fmd", ahead, mdp.features[state, action], precision="highest")
         targets = ahead[..., index]
         if config.algorithm == "unweighted":
             weights = jnp.ones_like(targets)
+        elif widest is not None:
+            weights = _indicator_weights(features, solved, running, radius, sizes)
         else:
             weights = moment_weights(
                 features, solved.theta, solved.inverse, running, radius[:, None], sizes.floor, sizes.cutoff
@@ -252,3 +263,9 @@ def _play(
     inputs = (answer.policy, powers, uniforms, random_actions)
     _, (states, actions, indices, *samples) = jax.lax.scan(step, (mdp.start, solved.inverse), inputs)
     return _Played(jnp.concatenate([mdp.start[None], states]), actions, indices, *samples)
+
+
+def _indicator_weights(features: Array, solved: RidgeFit, running: Array, radius: Array, sizes: Scales) -> Array:
+    """Moment weights of an indicator f, whose powers are f: the variance is p (1 - p) from its own mean p."""
+    twice = [jnp.concatenate([x, x], axis=1) for x in (features, solved.theta, solved.inverse, running)]
+    return moment_weights(*twice, radius[:, None], sizes.floor, sizes.cutoff).weights[:, :1]

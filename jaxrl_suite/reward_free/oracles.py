@@ -10,6 +10,7 @@ from jaxrl_suite.reward_free.config import ExplorerConfig, HParams
 from jaxrl_suite.reward_free.regression import RidgeStatistics, width
 from jaxrl_suite.reward_free.rewards import normalise_rewards
 from jaxrl_suite.reward_free.search import search_rewards
+from jaxrl_suite.reward_free.smooth import smooth_search
 from jaxrl_suite.reward_free.uncertainty import uncertainty_value
 from jaxrl_suite.types import Array, PRNGKey
 
@@ -70,10 +71,34 @@ def ask_oracle(
     hat = hat * (radius[-1] / base) ** 2  # the search knows one radius; a second one rescales its matrix
     starts = start_logits(key, last.logits, config.num_starts)
     rate = jnp.asarray(hparams.ascent_rate, theta.dtype)
+    if config.oracle != "greedy":
+        parts = (theta, tilde, hat, base)
+        return smooth_oracle(mdp, config, parts, starts, rate, statistics if config.oracle == "full" else None)
     logits, _ = search_rewards(mdp, theta, tilde, hat, base, starts, rate, num_steps=config.ascent_steps)
     rewards = normalise_rewards(mdp, jax.nn.sigmoid(logits))
     found = uncertainty_value(mdp, theta, rewards, tilde, hat, base)
     return OracleAnswer(logits, rewards, found.policy, found.values, found.uncertainty, theta, found.score)
+
+
+def smooth_oracle(
+    mdp: LinearMixtureMDP,
+    config: ExplorerConfig,
+    parts: tuple[Array, Array, Array, Array],
+    starts: Array,
+    rate: Array,
+    statistics: RidgeStatistics | None,
+) -> OracleAnswer:
+    """The joint softmax search, which moves theta too if it is given the statistics that confine it."""
+    theta, tilde, hat, radius = parts
+    search = jax.vmap(
+        lambda start: smooth_search(mdp, theta, tilde, hat, radius, start, rate, statistics, config.ascent_steps)
+    )
+    found = search(starts)
+    best = jnp.argmax(found.score)
+    logits, policy, theta = (x[best] for x in (found.logits, found.policy, found.theta))
+    rewards = normalise_rewards(mdp, jax.nn.sigmoid(logits))
+    swept = uncertainty_value(mdp, theta, rewards, tilde, hat, radius, policy)
+    return OracleAnswer(logits, rewards, policy, swept.values, swept.uncertainty, theta, swept.score)
 
 
 def start_logits(key: PRNGKey, last: Array, num_starts: int) -> Array:

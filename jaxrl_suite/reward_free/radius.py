@@ -31,9 +31,20 @@ def scales(mdp: LinearMixtureMDP, config: ExplorerConfig, hparams: HParams) -> S
     dtype, dimension = mdp.features.dtype, mdp.dimension
     norm = mdp.center_bound if config.center == "nominal" else mdp.norm_bound
     ridge = hparams.ridge_scale * dimension / mdp.norm_bound**2
+    if config.algorithm in ("ucrl_rfe", "ucrl_rfe_plus"):
+        ridge = ridge / dimension  # the predecessors take 1 / B^2
     floor = hparams.floor_scale * config.horizon**-0.5
     cutoff = hparams.cutoff_scale * dimension**-0.25
     return Scales(*(jnp.asarray(value, dtype) for value in (ridge, floor, cutoff, norm)))
+
+
+def least_deviation(config: ExplorerConfig, floor: Array) -> Array:
+    """Smallest standard deviation that a weight of the output regression can stand for."""
+    plain = config.algorithm in ("unweighted", "ucrl_rfe", "ucrl_rfe_plus")
+    if plain:
+        return jnp.ones((), floor.dtype)
+    one_level = config.num_moments == 1 and config.targets == "values"  # the top level's variance is at least 1
+    return jnp.maximum(floor, 1.0) if one_level else floor
 
 
 def paper_radius(

@@ -59,8 +59,9 @@ class Exploration(NamedTuple):
 
     Attributes:
         history: what happened, episode by episode.
-        statistics: gram and moment of the regressions after the last episode (of counts for "rf_ucrl").
-        estimate: output parameter with the covariances that it was chosen with; the certificate reads both.
+        statistics: gram and moment of the regressions after the last episode; for "rf_ucrl" the visits [S, A] and the
+            transition counts [S, A, N] stand in their place.
+        estimate: parameter that planning uses, with the covariances that go with it; the certificate reads both.
         model: [S, A, N], the kernel over the successor lists that planning reads; rows sum to 1.
         successors: int32 [S, A, N].
         start: int32 [].
