@@ -13,7 +13,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 KINDS = ("all-to-all", "all-gather", "reduce-scatter", "all-reduce", "collective-permute", "ragged-all-to-all")
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4}
+_BYTES = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+}
 _BYTES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
 _OPERATION = re.compile(rf"^(?:ROOT )?%?(\S+) = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -92,7 +104,8 @@ def summarize(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
     totals: dict[tuple[str, tuple[Group, ...]], dict[str, Any]] = {}
     for item in collectives:
         row = totals.setdefault(
-            (item.kind, item.groups), {"kind": item.kind, "groups": item.groups, "operations": 0, "runs": 0, "bytes": 0.0}
+            (item.kind, item.groups),
+            {"kind": item.kind, "groups": item.groups, "operations": 0, "runs": 0, "bytes": 0.0},
         )
         row["operations"] += 1
         row["runs"] += item.runs or 1
@@ -122,7 +135,7 @@ def parse_groups(text: str, num_ranks: int | None = None) -> tuple[Group, ...]:
         ranks = np.arange(math.prod(dims)).reshape(dims)
         ranks = ranks.transpose(_integers(iota[3])) if iota[3] else ranks
         return _rows(ranks.reshape(shape))
-    mesh = re.match(r"@?\w*\[([^\]]*)\](?:, device_ids=\(([^)]*)\))?\s*\{([^}]*)\}", text)
+    mesh = re.match(r"@?\w*\[([^\]]*)\](?:, device_ids=\((.*?)\))?\s*\{([^}]*)\}", text)
     if mesh is None:
         raise ValueError(f"replica_groups={text!r}: not one of the three known forms.")
     return _mesh_groups(mesh[1], mesh[2], mesh[3])
@@ -223,7 +236,9 @@ def _groups_of(line: str, kind: str) -> tuple[Group, ...]:
         return tuple(
             (int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)", pairs[0] if pairs else "") if int(a) != int(b)
         )
-    match = re.search(r"replica_groups=(.*?)(?:, (?:dimensions|use_global|to_apply|metadata|constrain|split|backend)|$)", line)
+    match = re.search(
+        r"replica_groups=(.*?)(?:, (?:dimensions|use_global|to_apply|metadata|constrain|split|backend)|$)", line
+    )
     return parse_groups(match[1]) if match else ()
 
 

@@ -78,6 +78,12 @@ class MoEConfig(Config):
         )
 
 
+def dropless(config: MoEConfig) -> MoEConfig:
+    """The same model without a capacity, so that its result does not depend on the folding."""
+    dispatch = "padded" if config.dispatch == "drop_pad" else config.dispatch
+    return config.replace(capacity_factor=None, buffer_factor=None, dispatch=dispatch)
+
+
 def check_folding(
     config: MoEConfig, folding: Folding, *, batch_size: int | None = None, length: int | None = None
 ) -> None:

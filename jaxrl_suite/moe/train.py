@@ -75,7 +75,7 @@ def state_from_params(params: Params, config: MoEConfig, folding: Folding) -> Tr
     params = jax.device_put(params, shardings)
     whole = NamedSharding(folding.mesh(), PartitionSpec())
     layout = optax.ScaleByAdamState(whole, shardings, shardings)  # type: ignore[arg-type]
-    moments = jax.jit(_ADAM.init, out_shardings=layout)(params)
+    moments = jax.jit(init_moments, out_shardings=layout)(params)
     return TrainState(params, moments, jax.device_put(jnp.int32(0), whole), config, folding)
 
 
@@ -98,12 +98,7 @@ def train_step(
     """
     hparams = HParams() if hparams is None else hparams
     gradients, parts = loss_and_gradients(state.params, batch, state.config, state.folding, loss=loss, hparams=hparams)
-    norm = optax.global_norm(gradients)
-    limit = jnp.asarray(hparams.clip_norm, norm.dtype)
-    scale = jnp.where((limit > 0) & (norm > limit), limit / jnp.maximum(norm, 1e-20), 1)
-    gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
-    direction, moments = _ADAM.update(gradients, state.moments)
-    params = _apply(state.params, direction, parts.counts, hparams)
+    params, moments, norm = apply_gradients(state.params, state.moments, gradients, parts.counts, hparams)
     shardings = stored_shardings(state.config, state.folding)
     params = jax.lax.with_sharding_constraint(params, shardings)
     new = state.replace(params=params, moments=moments, step=state.step + 1)
@@ -209,8 +204,31 @@ def _accumulate(
     return jax.lax.scan(step, zeros, batches)[0]
 
 
-def _apply(params: Params, direction: Params, counts: Array, hparams: HParams) -> Params:
-    """AdamW with decay of matrices only; the balancing bias follows its own rule and no gradient."""
+def init_moments(params: Params) -> Any:
+    """Adam's state for given parameters."""
+    return _ADAM.init(params)
+
+
+def apply_gradients(
+    params: Params, moments: Any, gradients: Params, counts: Array, hparams: HParams
+) -> tuple[Params, Any, Array]:
+    """AdamW after clipping by the global norm, on global arrays: each element counts once, wherever it lies.
+
+    Args:
+        params: parameters.
+        moments: from :func:`init_moments`.
+        gradients: of the objective.
+        counts: [L, E], copies routed to each expert, for the balancing bias.
+        hparams: rates; only matrices decay; the balancing bias follows its own rule and no gradient.
+
+    Returns:
+        Parameters, moments, and the gradient norm before clipping.
+    """
+    norm = optax.global_norm(gradients)
+    limit = jnp.asarray(hparams.clip_norm, norm.dtype)
+    scale = jnp.where((limit > 0) & (norm > limit), limit / jnp.maximum(norm, 1e-20), 1)
+    gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
+    direction, moments = _ADAM.update(gradients, moments)
     leaves, updates = flatten(params), flatten(direction)
     new = {}
     for path, value in leaves.items():
@@ -221,4 +239,4 @@ def _apply(params: Params, direction: Params, counts: Array, hparams: HParams) -
         decay = jnp.asarray(hparams.weight_decay if is_matrix else 0.0, value.dtype)
         rate = jnp.asarray(hparams.learning_rate, value.dtype)
         new[path] = value - rate * (updates[path].astype(value.dtype) + decay * value)
-    return unflatten(new)
+    return unflatten(new), moments, norm

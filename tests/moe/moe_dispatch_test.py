@@ -10,6 +10,7 @@ from jaxrl_suite.moe.dispatch import identity_experts
 from jaxrl_suite.moe.grouped import align, block_matmul, sort_by_group
 from jaxrl_suite.moe.layer import make_experts
 from jaxrl_suite.moe.permute import collect_rows, spread_rows
+from jaxrl_suite.moe.verify import quick_compile
 from tests.reference import moe_routing as reference
 
 E, K, T, D, F = 8, 2, 24, 16, 8
@@ -140,7 +141,7 @@ def sharded(mode, text, kind):
         y, pullback, stats = jax.vjp(lambda p, x, w: mapped(p, x, experts, w, keep), params, x, weights, has_aux=True)
         return y, pullback(cotangent), stats
 
-    return folding, jax.jit(both)
+    return folding, jax.jit(both, compiler_options=quick_compile())
 
 
 @pytest.mark.parametrize("mode", MODES)
