@@ -1,5 +1,6 @@
 """Progress bars with rate and time left, by rich, on standard error; silent when that is not a terminal."""
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -36,7 +37,7 @@ class ProgressBar:
 
     def __enter__(self) -> Self:
         global _display, _num_open
-        if sys.stderr.isatty():
+        if _terminal_behind_stderr():
             with _lock:
                 if _display is None:
                     _display = _new_display()
@@ -102,6 +103,11 @@ def progress_callback(bar: ProgressBar) -> Callable[..., None]:
 
 def _short(value: Any) -> str:
     return value if isinstance(value, str) else f"{np.mean(np.asarray(value, np.float64)):.4g}"
+
+
+def _terminal_behind_stderr() -> bool:
+    # A parent that passes our output on to its terminal says so, in rich's own words.
+    return sys.stderr.isatty() or os.environ.get("TTY_INTERACTIVE") == "1"
 
 
 def _new_display() -> Any:
