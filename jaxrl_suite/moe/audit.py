@@ -26,7 +26,7 @@ _BYTES = {
     "s32": 4,
     "u32": 4,
 }
-_BYTES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
+_BYTES |= {"f8e4m3fn": 1, "f8e5m2": 1, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
 _OPERATION = re.compile(rf"^(?:ROOT )?%?(\S+) = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
