@@ -161,7 +161,8 @@ def _call(words: list[str]) -> tuple[int, str]:
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "jaxrl-suite" / "xla"))
     terminal = sys.stderr.isatty()
     if terminal:  # rich draws into a pipe only when told that a terminal is behind it
-        environment |= {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1", "COLUMNS": str(os.get_terminal_size(2).columns or 100)}
+        columns = os.get_terminal_size(2).columns or 100
+        environment |= {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1", "COLUMNS": str(columns)}
     with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         tail = b""
