@@ -1,12 +1,17 @@
 """Counts, bytes, time and memory of a training step against numbers worked by hand and the groups themselves."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.cluster.abstract_step import abstract_batch, abstract_state
 from jaxrl_suite.lm import named_config, num_parameters
+from jaxrl_suite.moe.config import MoEConfig
 from jaxrl_suite.moe.cost_fit import PAPER_CONSTANTS, fit, leave_out, predict, rank_correlation
+from jaxrl_suite.moe.cost_flops import count_flops
 from jaxrl_suite.moe.cost_memory import MemoryConstants, device_memory, memory, memory_counts, static_bytes
 from jaxrl_suite.moe.cost_model import (
     RECOMPUTE,
@@ -28,6 +33,7 @@ from jaxrl_suite.moe.cost_traffic import (
 )
 from jaxrl_suite.moe.folding import KINDS, Folding, foldings
 from jaxrl_suite.moe.hardware import Hardware, named_hardware
+from jaxrl_suite.moe.train import loss_and_gradients
 
 MIXTRAL, QWEN, FINE, LLAMA = map(
     named_config, ("mixtral-8x22b", "qwen2-57b-a14b", "mixtral-8x22b-g8t8", "llama3-8x70b")
@@ -291,6 +297,51 @@ def test_fit_refuses_what_is_no_fraction(measured):
 def test_rank_correlation():
     assert rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([2.0, 5.0, 9.0])) == pytest.approx(1)
     assert rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([9.0, 5.0, 2.0])) == pytest.approx(-1)
+
+
+def test_flops_of_a_scan_are_counted_as_often_as_it_runs():
+    """XLA's own analysis counts the body of a loop once."""
+
+    def power(x):
+        return jax.lax.scan(lambda y, _: (y @ x, None), x, length=7)[0]
+
+    x = jnp.ones((16, 16))
+    assert count_flops(power, x).total == 7 * 2 * 16**3
+    compiled = jax.jit(power).lower(x).compile().cost_analysis()
+    assert compiled["flops"] < 3 * 2 * 16**3
+
+
+def test_flops_of_products_by_hand():
+    a, b = jnp.ones((3, 4, 5)), jnp.ones((3, 5, 6))
+    assert count_flops(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), a, b).total == 2 * 3 * 4 * 5 * 6
+    sizes = jnp.array([2, 2])
+    assert count_flops(jax.lax.ragged_dot, a[0], jnp.ones((2, 5, 6)), sizes).total == 2 * 4 * 5 * 6
+    square = jnp.ones((4, 4))
+    loss = jax.checkpoint(lambda y: jnp.sin(y @ y).sum())
+    assert count_flops(jax.grad(loss), square).total == 4 * 2 * 4**3  # forward, again, and two of the backward pass
+    kernel, image = jnp.ones((3, 3, 2, 8)), jnp.ones((1, 10, 10, 2))
+    numbers = ("NHWC", "HWIO", "NHWC")
+    convolve = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=numbers)  # noqa: E731
+    assert count_flops(convolve, image, kernel).total == 2 * 100 * 8 * 9 * 2
+    either = lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x, lambda: x)  # noqa: E731
+    assert count_flops(either, square).total == 2 * 4**3
+    forever = count_flops(lambda x: jax.lax.while_loop(lambda y: y[0, 0] < 9, lambda y: y @ y, x), square)
+    assert forever == (2 * 4**3, 1)
+
+
+def test_flops_of_the_train_step_are_those_of_the_model():
+    """Traced, not run: products of the real gradients against the formula, for one device and for eight."""
+    model = named_config(
+        "mixtral-8x7b", num_layers=2, width=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_width=96, vocab_size=128
+    )
+    for text in ("", "attention=tp2.dp4 experts=ep8"):
+        folding = Folding.parse(text)
+        config = MoEConfig(model=model, dispatch="drop_pad", capacity_factor=1.0)
+        params, batch = abstract_state(config, folding).params, abstract_batch(folding, 8, 256)
+        gradients = functools.partial(loss_and_gradients, config=config, folding=folding)
+        found = count_flops(gradients, params, batch)
+        needed = token_flops(model, 256, causal=False).train * 256 * 8
+        assert 0.8 < found.total / needed < 1.25, (text, found.total / needed)
 
 
 def test_bad_settings_are_named():
