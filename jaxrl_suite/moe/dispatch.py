@@ -126,6 +126,9 @@ def dispatch(
     check(mode in MODES, argument="mode", value=mode, rule=f"must be one of {', '.join(MODES)}")
     x, experts, weights, keep = unify(x, experts, weights, keep)
     dropped = jnp.sum(~keep & (experts < num_experts), dtype=jnp.int32)
+    if not axes.ep and not axes.etp:  # nothing to exchange, so nothing to pad: empty slots would only cost time
+        y, sent = _local(x, jnp.where(keep, experts, num_experts), weights, run, num_experts)
+        return y, DispatchStats(sent, sent, dropped, jnp.zeros_like(dropped))
     if mode == "drop_pad":
         check(capacity is not None and rank is not None, argument="mode", value=mode, rule="needs capacity and rank")
         assert capacity is not None and rank is not None
@@ -135,9 +138,6 @@ def dispatch(
     if mode == "allgather":
         y, sent, received = _allgather(x, groups, weights, run, num_experts, axes)
         return y, DispatchStats(sent, received, dropped, jnp.zeros_like(dropped))
-    if not axes.ep and not axes.etp:
-        y, sent = _local(x, groups, weights, run, num_experts)
-        return y, DispatchStats(sent, sent, dropped, jnp.zeros_like(dropped))
     y, sent, received, overflow = _exchange(mode, x, groups, weights, run, num_experts, axes, rows_per_peer)
     return y, DispatchStats(sent, received, dropped, overflow)
 
@@ -184,15 +184,13 @@ def _drop_pad(
     rows = spread_rows(x, source, slots)
     returned = _uniform_exchange(rows, run, num_experts, capacity, axes)
     sent = jnp.sum(slots < num_rows, dtype=jnp.int32)
-    received = _received(jnp.sum((slots < num_rows).reshape(-1), dtype=jnp.int32), slots, num_experts, capacity, axes)
+    received = _received(slots, num_experts, capacity, axes)
     return combine(returned, weights, source, slots, copy), sent, received
 
 
 def _uniform_exchange(rows: Array, run: Experts, num_experts: int, capacity: int, axes: ExpertAxes) -> Array:
     width, ep = rows.shape[-1], axis_size(axes.ep)
     local = num_experts // ep
-    if not axes.ep and not axes.etp:
-        return run.uniform(rows.reshape(local, capacity, width)).reshape(-1, width)
     if axes.ep:
         rows = jax.lax.all_to_all(rows, axes.ep, 0, 0, tiled=True)
     if axes.etp:
@@ -207,9 +205,7 @@ def _uniform_exchange(rows: Array, run: Experts, num_experts: int, capacity: int
     return checkpoint_name(outputs, "returned")
 
 
-def _received(sent: Array, slots: Array, num_experts: int, capacity: int, axes: ExpertAxes) -> Array:
-    if not axes.ep and not axes.etp:
-        return sent
+def _received(slots: Array, num_experts: int, capacity: int, axes: ExpertAxes) -> Array:
     used = jnp.zeros_like(slots, shape=(num_experts * capacity,)).at[slots.reshape(-1)].set(1, mode="drop")
     per_peer = used.reshape(axis_size(axes.ep), -1).sum(axis=1, dtype=jnp.int32)
     return _total_received(per_peer, axes)
