@@ -21,43 +21,41 @@ def abstract_state(config: MoEConfig, folding: Folding) -> TrainState:
     shardings = flatten(stored_shardings(config, folding))
     shapes = parameter_shapes(config.model)
     params = unflatten(
-        {
-            path: jax.ShapeDtypeStruct(shape, parameter_dtype(path, config.model), sharding=shardings[path])
-            for path, shape in shapes.items()
-        }
+        {path: _abstract(shape, parameter_dtype(path, config.model), shardings[path]) for path, shape in shapes.items()}
     )
     whole = NamedSharding(folding.mesh(), PartitionSpec())
 
     def laid_out(shape: Any, like: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=like.sharding)
+        return _abstract(shape.shape, shape.dtype, like.sharding)
 
     moments = jax.eval_shape(init_moments, params)
     moments = moments._replace(
-        count=jax.ShapeDtypeStruct((), moments.count.dtype, sharding=whole),
+        count=_abstract((), moments.count.dtype, whole),
         mu=jax.tree.map(laid_out, moments.mu, params),
         nu=jax.tree.map(laid_out, moments.nu, params),
     )
-    return TrainState(params, moments, jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), config, folding)
+    return TrainState(params, moments, _abstract((), jnp.int32, whole), config, folding)
 
 
 def abstract_batch(folding: Folding, global_batch: int, sequence: int) -> Batch:
     """Shapes of a batch, sequences split over data ranks, tokens over context ranks."""
     place = NamedSharding(folding.mesh(), folding.spec("dp", "cp"))
-    dtypes = {"mask": jnp.bool_}
-    return Batch(
-        *(
-            jax.ShapeDtypeStruct((global_batch, sequence), dtypes.get(name, jnp.int32), sharding=place)
-            for name in Batch._fields
-        )
-    )
+    shape, dtypes = (global_batch, sequence), {"mask": jnp.bool_}
+    return Batch(*(_abstract(shape, dtypes.get(name, jnp.int32), place) for name in Batch._fields))
 
 
 def abstract_hparams(folding: Folding) -> HParams:
     """Shapes of the hyperparameters."""
     whole = NamedSharding(folding.mesh(), PartitionSpec())
-    return HParams(*(jax.ShapeDtypeStruct((), jnp.float32, sharding=whole) for _ in HParams._fields))
+    return HParams(*(_abstract((), jnp.float32, whole) for _ in HParams._fields))
+
+
+def _abstract(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+    """Stands for an array in the arguments of a function that is only compiled."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def donating_step() -> Any:
     """``moe.train_step`` itself, its state donated, as a launcher runs it in a loop."""
-    return jax.jit(train_step.__wrapped__, donate_argnums=0, static_argnames="loss")
+    plain = getattr(train_step, "__wrapped__")  # noqa: B009  the type of jitted functions does not know the attribute
+    return jax.jit(plain, donate_argnums=0, static_argnames="loss")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from experiments.cluster.plan import find_model, print_table
 from experiments.cluster.topology import standing_in, topology_devices
+from jaxrl_suite.moe.folding import Folding
 
 _EPILOG = """the compilers, in an environment of their own (VERSION is that of jax):
   cuda: python -m pip install --no-deps jax-cuda13-pjrt==VERSION jax-cuda13-plugin==VERSION
@@ -39,6 +40,7 @@ class Compiled(NamedTuple):
         memory_bytes: of one device: arguments, outputs that are not arguments' memory, temporaries, program.
         state_bytes: arguments of one device by kind, where known.
         traffic: collectives by kind and group: operations, runs, bytes of a device, whether a group leaves its node.
+        unknown_runs: collectives in loops whose length is not in the compiled text; counted once.
         flops: counted from the jaxpr, over all devices; 0 where not counted.
         model_flops: what the model needs, without recomputation; 0 for other functions.
         lower_seconds: time to trace and lower.
@@ -50,6 +52,7 @@ class Compiled(NamedTuple):
     memory_bytes: dict[str, int]
     state_bytes: dict[str, int]
     traffic: list[dict[str, Any]]
+    unknown_runs: int
     flops: float
     model_flops: float
     lower_seconds: float
@@ -98,8 +101,12 @@ def compile_for(
         "temporaries": sizes.temp_size_in_bytes,
         "program": sizes.generated_code_size_in_bytes,
     }
-    rows = [_traffic_row(row, node_size) for row in summarize(audit(compiled))]
-    return Compiled(platform, len(devices), memory, {}, rows, flops, 0.0, lowered_at - began, done - lowered_at)
+    collectives = audit(compiled)
+    rows = [_traffic_row(row, node_size) for row in summarize(collectives)]
+    unknown = sum(item.runs is None for item in collectives)
+    return Compiled(
+        platform, len(devices), memory, {}, rows, unknown, flops, 0.0, lowered_at - began, done - lowered_at
+    )
 
 
 def _traffic_row(row: dict[str, Any], node_size: int) -> dict[str, Any]:
@@ -117,17 +124,51 @@ def _traffic_row(row: dict[str, Any], node_size: int) -> dict[str, Any]:
     }
 
 
-def compile_train_step(options: argparse.Namespace, devices: Sequence[Any]) -> Compiled:
-    """The real train step of ``moe`` for a model, a folding and a batch."""
+def compile_train_step(
+    config: Any,
+    folding: Any,
+    devices: Sequence[Any],
+    *,
+    sequence: int,
+    global_batch: int,
+    platform: str = "cuda",
+    node_size: int = 8,
+) -> Compiled:
+    """The real train step of ``moe``.
+
+    Args:
+        config: ``MoEConfig``, its micro-batches included.
+        folding: degrees over these devices.
+        devices: from :func:`topology_devices`.
+        sequence: tokens of a sequence.
+        global_batch: sequences of a step.
+        platform: what the devices are, for the report.
+        node_size: consecutive devices on one fast network.
+    """
     import jax
 
     from experiments.cluster.abstract_step import abstract_batch, abstract_hparams, abstract_state, donating_step
     from jaxrl_suite.lm import flatten
-    from jaxrl_suite.moe.config import MoEConfig
     from jaxrl_suite.moe.cost_model import token_flops
-    from jaxrl_suite.moe.folding import Folding
 
-    folding = Folding.parse(options.folding, len(devices))
+    with standing_in(list(devices)):
+        state = abstract_state(config, folding)
+        batch = abstract_batch(folding, global_batch, sequence)
+        keywords = {"hparams": abstract_hparams(folding)}
+    found = compile_for(platform, devices, donating_step(), (state, batch), keywords, node_size=node_size)
+    held = {
+        "parameters": _local_bytes(flatten(state.params).values()),
+        "optimizer": _local_bytes(jax.tree.leaves(state.moments)),
+        "batch": _local_bytes(batch),
+    }
+    needed = token_flops(config.model, sequence).train * sequence * global_batch
+    return found._replace(state_bytes=held, model_flops=needed)
+
+
+def step_config(options: argparse.Namespace, folding: Any) -> Any:
+    """Model and step from the command line: float32 weights, bfloat16 products."""
+    from jaxrl_suite.moe.config import MoEConfig
+
     model = find_model(options.model).replace(param_dtype="float32", compute_dtype="bfloat16")
     if options.shrink:
         model = shrunk(model, folding)
@@ -136,7 +177,7 @@ def compile_train_step(options: argparse.Namespace, devices: Sequence[Any]) -> C
     micro = folding.dp * options.micro_batch
     if options.global_batch % micro:
         raise ValueError(f"--global_batch={options.global_batch}: must divide by DP times the micro-batch, {micro}.")
-    config = MoEConfig(
+    return MoEConfig(
         model=model,
         dispatch=options.dispatch,
         capacity_factor=options.capacity_factor if options.dispatch == "drop_pad" else None,
@@ -146,20 +187,6 @@ def compile_train_step(options: argparse.Namespace, devices: Sequence[Any]) -> C
         remat=options.remat,
         context=options.context,
     )
-    with standing_in(list(devices)):
-        state = abstract_state(config, folding)
-        batch = abstract_batch(folding, options.global_batch, options.sequence)
-        keywords = {"hparams": abstract_hparams(folding)}
-    found = compile_for(
-        options.platform, devices, donating_step(), (state, batch), keywords, node_size=options.node_size
-    )
-    held = {
-        "parameters": _local_bytes(flatten(state.params).values()),
-        "optimizer": _local_bytes(jax.tree.leaves(state.moments)),
-        "batch": _local_bytes(batch),
-    }
-    needed = token_flops(model, options.sequence).train * options.sequence * options.global_batch
-    return found._replace(state_bytes=held, model_flops=needed)
 
 
 def shrunk(model: Any, folding: Any) -> Any:
@@ -206,7 +233,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.function:
             found = compile_named(options.function, options.platform, devices, options.node_size)
         else:
-            found = compile_train_step(options, devices)
+            folding = Folding.parse(options.folding, len(devices))
+            found = compile_train_step(
+                step_config(options, folding),
+                folding,
+                devices,
+                sequence=options.sequence,
+                global_batch=options.global_batch,
+                platform=options.platform,
+                node_size=options.node_size,
+            )
     except (ValueError, ImportError) as error:
         _fail(str(error).splitlines()[0])
     if options.json:
@@ -231,6 +267,8 @@ def _print_report(options: argparse.Namespace, found: Compiled) -> None:
     if found.traffic:
         print()
         print_table([_traffic_cells(row) for row in found.traffic if row["bytes"] >= 1e6], _TRAFFIC_COLUMNS)
+    if found.unknown_runs:
+        print(f"{found.unknown_runs} collectives lie in loops whose length is not in the compiled text: counted once")
     if found.flops:
         print(f"\nFLOPs of products, all devices: {found.flops:.4g}", end="")
         ratio = f", {found.flops / found.model_flops:.2f} of the model's {found.model_flops:.4g}"
@@ -274,7 +312,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--dispatch", default="drop_pad", help="how tokens reach experts (default drop_pad)")
     add("--capacity_factor", type=float, default=1.0, help="slots over the even share (default 1)")
     add("--sharding", default="zero1", help="none, zero1 or fsdp (default zero1)")
-    add("--remat", default="full", help="none, core_attn, moe or full (default full)")
+    add("--remat", default="full", help="what the backward pass repeats (default full)")
     add("--schedule", default="1f1b", help="gpipe or 1f1b (default 1f1b)")
     add("--context", default="ring", help="ring or all_gather (default ring)")
     add("--num_layers", type=int, default=0, help="fewer layers than the model has")

@@ -61,7 +61,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(as_json(options.model, found, asked, hardware, constants, options.top), indent=2))
         return 0
     _print_report(options, model, found, asked, hardware, constants, refit)
+    if options.confirm:
+        try:
+            _confirm(options, model, found.fitting[: options.confirm], hardware)
+        except (ValueError, ImportError) as error:
+            _fail(str(error))
     return 0
+
+
+# What the train step repeats for a level of the planner; it has no level for activation functions alone.
+_REMAT: dict[str, Any] = {"none": "none", "activation": "experts", "moe": "experts", "full": "full"}
+
+
+def _confirm(
+    options: argparse.Namespace, model: LanguageModelConfig, best: Sequence[Candidate], hardware: Hardware
+) -> None:
+    """Compiles the real train step of the best few and compares its memory with the planner's.
+
+    Weights are float32 with bfloat16 products there, split over data ranks between steps: not the bytes of the
+    planner's bfloat16 framework, which the sum nevertheless should be near.
+    """
+    from experiments.cluster.compile import compile_train_step
+    from experiments.cluster.topology import topology_devices
+    from jaxrl_suite.moe.config import MoEConfig
+
+    if options.gpus % hardware.node_size:
+        raise ValueError(f"--confirm: --gpus={options.gpus} must be whole nodes of {hardware.node_size}.")
+    devices = topology_devices("cuda", f"1x{options.gpus // hardware.node_size}x{hardware.node_size}")
+    print("\nCompiled for H100s (the real train step, capacity factor 1):")
+    for candidate in best:
+        folding, workload = candidate.folding, candidate.workload
+        config = MoEConfig(
+            model=model.replace(param_dtype="float32", compute_dtype="bfloat16"),
+            dispatch="drop_pad",
+            capacity_factor=workload.capacity_factor,
+            num_microbatches=workload.global_batch // (folding.dp * workload.micro_batch),
+            schedule="1f1b" if folding.pp > 1 else "gpipe",
+            sharding=workload.sharding,
+            remat=_REMAT[workload.recompute],
+            context=workload.context,
+        )
+        shape = {"sequence": workload.sequence, "global_batch": workload.global_batch}
+        found = compile_train_step(config, folding, devices, **shape, node_size=hardware.node_size)
+        verdict = "fits" if found.total_bytes <= hardware.memory_bytes else "does not fit"
+        print(
+            f"   {folding}, remat={config.remat}: {found.total_bytes / 1e9:.1f} GB, {verdict} "
+            f"(planned {candidate.memory.total / 1e9:.1f} GB; compiled in {found.compile_seconds:.0f} s)",
+            flush=True,
+        )
 
 
 def find_model(name: str) -> LanguageModelConfig:
@@ -152,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folding", help="also predict this one and compare it with the best")
     parser.add_argument("--top", type=int, default=5, help="rows to show and explain (default 5)")
     parser.add_argument("--csv", help="measured rows to refit the constants to")
+    parser.add_argument("--confirm", type=int, default=0, help="compile the best N for H100s to confirm their memory")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

@@ -52,6 +52,7 @@ def topology_devices(platform: Platform, shape: str) -> list[Any]:
         raise ValueError(f"--topology={shape}: on {platform} the form is {words}.")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask a cloud where we are
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     import jax
     from jax.experimental import topologies
 
