@@ -3,13 +3,12 @@
 Both become a :class:`Task`: prompts, columns for the reward functions, and the accuracy that belongs to them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxrl_suite.alignment import text_rewards
 from jaxrl_suite.config import check
-from jaxrl_suite.types import HostReward
 
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 
@@ -26,7 +25,7 @@ class Task(NamedTuple):
 
     prompts: Sequence[Any]
     columns: Mapping[str, Sequence[Any]]
-    accuracy: HostReward
+    accuracy: Callable[..., Sequence[float | None]]
     skipped: Mapping[str, Sequence[int]]
 
 

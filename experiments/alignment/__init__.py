@@ -1,0 +1,1 @@
+"""Online alignment of language models to several rewards whose weights may change during training."""

@@ -1,0 +1,99 @@
+"""A synthetic language for three rewards: sums with work shown at varying length.
+
+Tokens: digits 0-9, ``+ = ; > stop pad``. A prompt is ``a+b=`` with two-digit numbers; a completion is any number of
+steps, each ``;`` and two digits of work, then ``>`` and the digits of the sum, lowest first, and the stop token::
+
+    37+25=  ;21 ;50 >260 stop       (steps are the column sums, lowest digit first; further steps repeat them)
+
+Accuracy: what stands after the last ``>`` is the sum. Conciseness: shorter than the running mean. Clarity: two
+steps or more.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_suite.alignment import RunningMean
+from jaxrl_suite.lm import SupervisedBatch
+from jaxrl_suite.types import Array, PRNGKey
+
+PLUS, EQUALS, STEP, ANSWER, STOP, PAD = 10, 11, 12, 13, 14, 15
+VOCABULARY = 16
+PROMPT_LENGTH = 6
+MAX_STEPS = 4
+STEP_LENGTH = 3
+COMPLETION_LENGTH = MAX_STEPS * STEP_LENGTH + 5
+
+
+def draw_prompts(key: PRNGKey, number: int) -> tuple[Array, Array]:
+    """Prompts int32 [number, 6] and their mask; no padding is needed.
+
+    Args:
+        key: consumed.
+        number: how many.
+    """
+    digits = jax.random.randint(key, (number, 4), 0, 10, jnp.int32)
+    plus = jnp.full((number, 1), PLUS, jnp.int32)
+    tokens = jnp.concatenate([digits[:, :2], plus, digits[:, 2:], plus - PLUS + EQUALS], axis=1)
+    return tokens, jnp.ones(tokens.shape, bool)
+
+
+def answer_digits(prompts: Array) -> Array:
+    """Digits of the sums, lowest first, int32 [B, 3]."""
+    total = 10 * (prompts[:, 0] + prompts[:, 3]) + prompts[:, 1] + prompts[:, 4]
+    return jnp.stack([total % 10, total // 10 % 10, total // 100], axis=1)
+
+
+def supervised_batch(key: PRNGKey, number: int) -> SupervisedBatch:
+    """Correct traces with 0 to 4 steps, equally often.
+
+    Args:
+        key: consumed.
+        number: rows.
+    """
+    prompt_key, step_key = jax.random.split(key)
+    prompts, _ = draw_prompts(prompt_key, number)
+    count = jax.random.randint(step_key, (number,), 0, MAX_STEPS + 1, jnp.int32)
+    low, high = prompts[:, 1] + prompts[:, 4], prompts[:, 0] + prompts[:, 3]
+    columns = [(low % 10, low // 10), (high % 10, high // 10)]
+    steps = [jnp.stack([jnp.full_like(low, STEP), *columns[i % 2]], axis=1) for i in range(MAX_STEPS)]
+    tail = jnp.concatenate(
+        [jnp.full((number, 1), ANSWER, jnp.int32), answer_digits(prompts), jnp.full((number, 1), STOP, jnp.int32)],
+        axis=1,
+    )
+    # Every row is laid out by a gather: steps that are used, then the tail, then padding.
+    source = jnp.concatenate([*steps, tail, jnp.full((number, 1), PAD, jnp.int32)], axis=1)
+    place = jnp.arange(COMPLETION_LENGTH)[None]
+    used = (STEP_LENGTH * count)[:, None]
+    shifted = place - used + MAX_STEPS * STEP_LENGTH
+    index = jnp.where(place < used, place, jnp.minimum(shifted, COMPLETION_LENGTH))
+    completion = jnp.take_along_axis(source, index, axis=1)
+    tokens = jnp.concatenate([prompts, completion], axis=1)
+    weights = jnp.concatenate([jnp.zeros(prompts.shape), (completion != PAD).astype(jnp.float32)], axis=1)
+    return SupervisedBatch(tokens, weights)
+
+
+def objectives_of(prompts: Array, tokens: Array, mask: Array) -> tuple[Array, Array, Array]:
+    """Accuracy [B], length in tokens [B] and clarity [B] of completions.
+
+    Args:
+        prompts: int32 [B, 6].
+        tokens: int32 [B, T].
+        mask: bool [B, T].
+    """
+    place = jnp.arange(tokens.shape[1])[None]
+    marker = jnp.max(jnp.where(mask & (tokens == ANSWER), place, -1), axis=1)
+    wanted = jnp.concatenate([answer_digits(prompts), jnp.full((prompts.shape[0], 1), STOP, jnp.int32)], axis=1)
+    index = marker[:, None] + 1 + jnp.arange(4)[None]
+    inside = index < tokens.shape[1]
+    safe = jnp.minimum(index, tokens.shape[1] - 1)
+    given = jnp.where(inside & jnp.take_along_axis(mask, safe, 1), jnp.take_along_axis(tokens, safe, 1), -1)
+    correct = (marker >= 0) & jnp.all(given == wanted, axis=1)
+    steps = jnp.sum(mask & (tokens == STEP), axis=1)
+    length = jnp.sum(mask, axis=1)
+    return correct.astype(jnp.float32), length.astype(jnp.float32), (steps >= 2).astype(jnp.float32)
+
+
+def rewards_of(prompts: Array, tokens: Array, mask: Array, lengths: RunningMean) -> Array:
+    """The paper's three rewards [3, B]; ``lengths`` holds the running mean with this batch."""
+    correct, length, clear = objectives_of(prompts, tokens, mask)
+    return jnp.stack([correct, (length < lengths.mean).astype(jnp.float32), clear])

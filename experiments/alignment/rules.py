@@ -1,0 +1,58 @@
+"""Weight rules by name, with settings that suit objectives scaled to [0, 1]."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxrl_suite import pareto
+from jaxrl_suite.config import check
+from jaxrl_suite.types import Array
+
+
+def _ramp(weights: Array, num_steps: int) -> pareto.WeightRule:
+    """All weight on the first objective at the start, the given weights at the end."""
+    first = jnp.zeros_like(weights).at[0].set(1.0)
+
+    def schedule(step: Array) -> Array:
+        share = jnp.minimum(step.astype(weights.dtype) / max(1, num_steps), 1)
+        return (1 - share) * first + share * weights
+
+    return pareto.scheduled_weights(schedule)
+
+
+# name -> rule(weights [K], rate, number of steps)
+RULES: dict[str, Callable[[Array, Any, int], pareto.WeightRule]] = {
+    "fixed": lambda w, rate, n: pareto.fixed_weights(w),
+    "schedule": lambda w, rate, n: _ramp(w, n),
+    "hypervolume_gain": lambda w, rate, n: pareto.hypervolume_gain_weights(w, capacity=16),
+    "influence": lambda w, rate, n: pareto.influence_weights(w, rate),
+    "hypervolume_gradient": lambda w, rate, n: pareto.hypervolume_gradient_weights(
+        w, jnp.zeros_like(w), capacity=16, mixing=0.3
+    ),
+    "tchebycheff": lambda w, rate, n: pareto.tchebycheff_weights(w, jnp.ones_like(w), temperature=0.1),
+    "saw": lambda w, rate, n: pareto.saw_weights(w, decay=0.9),
+    "ctwa": lambda w, rate, n: pareto.ctwa_weights(w, rate, targets=jnp.full_like(w, 0.1)),
+    "gdpo": lambda w, rate, n: pareto.gdpo_weights(w),
+    "mo_grpo": lambda w, rate, n: pareto.mo_grpo_weights(w),
+    "lagrangian": lambda w, rate, n: pareto.lagrangian_weights(w, jnp.full_like(w, 0.8), 0.05),
+    "famo": lambda w, rate, n: pareto.famo_weights(w, jnp.full_like(w, 1.01)),
+}
+
+
+def make_rule(name: str, weights: Array, *, rate: Any, num_steps: int) -> pareto.WeightRule:
+    """A weight rule by its name.
+
+    Args:
+        name: one of ``RULES``.
+        weights: [K], base or initial weights, on the simplex.
+        rate: exponent scale eta / mu of the influence rule.
+        num_steps: length of the run, for schedules.
+
+    Raises:
+        ValueError: unknown name, or weights off the simplex.
+    """
+    check(
+        name in RULES, argument="weights", value=name, rule="unknown weight rule", remedy=f"Rules: {', '.join(RULES)}"
+    )
+    return RULES[name](pareto.fixed_weights(weights).init(), rate, num_steps)
