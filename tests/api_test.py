@@ -84,7 +84,7 @@ def test_importing_the_package_loads_no_extra_and_starts_no_backend():
 import sys, pkgutil, importlib, jaxrl_suite
 for module in pkgutil.iter_modules(jaxrl_suite.__path__):
     importlib.import_module("jaxrl_suite." + module.name)
-extras = {"matplotlib", "rich", "gymnasium", "mo_gymnasium", "reasoning_gym", "pyarrow", "safetensors", "tokenizers",
+extras = {"matplotlib", "gymnasium", "mo_gymnasium", "reasoning_gym", "pyarrow", "safetensors", "tokenizers",
           "gguf", "tensorboardX", "wandb", "distrax", "tensorflow_probability", "moocore", "torch", "pytest"}
 loaded = sorted(extras & set(sys.modules))
 assert not loaded, f"loaded on import: {loaded}"
