@@ -224,7 +224,7 @@ def apply_gradients(
     Returns:
         Parameters, moments, and the gradient norm before clipping.
     """
-    norm = optax.global_norm(gradients)
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradients)))
     limit = jnp.asarray(hparams.clip_norm, norm.dtype)
     scale = jnp.where((limit > 0) & (norm > limit), limit / jnp.maximum(norm, 1e-20), 1)
     gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
