@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_suite.lm.layers import vary_like, wide
 from jaxrl_suite.types import Array
@@ -158,6 +159,9 @@ def _attention(plan: _Plan, q: Array, k: Array, v: Array, places: _Places) -> tu
 
 def _attention_forward(plan: _Plan, q: Array, k: Array, v: Array, places: _Places):
     output, normaliser = _attention(plan, q, k, v, places)
+    # Named, so that a policy can keep them: without, the backward pass would attend a second time.
+    output, normaliser = checkpoint_name(output, "attention"), checkpoint_name(normaliser, "normaliser")
+    q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
     return (output, normaliser), (q, k, v, places, output, normaliser)
 
 

@@ -65,7 +65,9 @@ class LanguageModelConfig(Config):
         "param", help="dtype of activations and products; 'param' follows the parameters"
     )
     accumulate_dtype: Literal["float32", "float64"] = field("float32", help="lowest dtype in which sums are taken")
-    remat: Literal["none", "full", "dots"] = field("none", help="what the backward pass of a block recomputes")
+    remat: Literal["none", "full", "dots", "elementwise"] = field(
+        "elementwise", help="what the backward pass of a block recomputes"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,6 +22,8 @@ from jaxrl_suite.lm.rope import rope_tables, rotate
 from jaxrl_suite.types import Array, Attend, FeedForward, Parallel, Params
 
 IDENTITY = Parallel()
+# What the backward pass of a block cannot recompute without a product; all else is elementwise.
+SAVED_NAMES = ("query", "key", "value", "attention", "normaliser", "residual", "gate", "up")
 # Attention that also hands something on, such as the keys and values of a cache: (q, k, v) -> (output, state).
 AttendWithState = Callable[[Array, Array, Array], tuple[Array, Any]]
 
@@ -95,8 +97,8 @@ def block_with_state(
     h = rms_norm(x, params["attention_norm"]["scale"], config.norm_eps)
     q, k, v = queries_keys_values(attention, parallel.before_column(h), positions, config=config)
     y, state = attend(q, k, v)
-    y = checkpoint_name(y, "attention")
-    x = x + parallel.after_row(project(y, attention["output"], num_inputs=2, accumulate=config.accumulate_dtype))
+    y = parallel.after_row(project(y, attention["output"], num_inputs=2, accumulate=config.accumulate_dtype))
+    x = checkpoint_name(x + y, "residual")
     h = rms_norm(x, params["feed_forward_norm"]["scale"], config.norm_eps)
     y, aux = feed_forward(params["feed_forward"], h)
     return x + y, aux, state
@@ -214,7 +216,8 @@ def forward(
         feed_forward: see :func:`block`.
         attend: see :func:`block`; with mixed windows (``first_window_layer``) it also gets ``window=``.
         parallel: see :func:`block`.
-        remat: "none", "full" (keep only block inputs) or "dots" (keep products); the configuration's by default.
+        remat: what the backward pass recomputes: "none", "full" (all but block inputs), "dots" (all but products
+            without batch axes) or "elementwise" (all but :data:`SAVED_NAMES`); the configuration's by default.
 
     Returns:
         ``(x [B, T, D], aux)``: the residual stream before the final norm; aux with a leading axis L.
@@ -293,8 +296,13 @@ def rematerialised(function: Callable[..., Any], policy: str) -> Callable[..., A
     Raises:
         ValueError: unknown policy.
     """
-    check(policy in ("none", "full", "dots"), argument="remat", value=policy, rule="must be none, full or dots")
+    policies = {
+        "none": None,
+        "full": None,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "elementwise": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
+    }
+    check(policy in policies, argument="remat", value=policy, rule=f"must be {', '.join(policies)}")
     if policy == "none":
         return function
-    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
-    return jax.checkpoint(function, policy=saved, prevent_cse=False)
+    return jax.checkpoint(function, policy=policies[policy], prevent_cse=False)

@@ -42,8 +42,8 @@ def swiglu(params: Params, x: Array, *, accumulate: str = "float32") -> Array:
         gate, up = jnp.split(project(x, params["gate_up"], accumulate=accumulate), 2, axis=-1)
     else:
         gate, up = (project(x, params[name], accumulate=accumulate) for name in ("gate", "up"))
-    hidden = checkpoint_name(jax.nn.silu(gate) * up, "mlp")
-    return project(hidden, params["down"], accumulate=accumulate)
+    gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+    return project(jax.nn.silu(gate) * up, params["down"], accumulate=accumulate)
 
 
 def dense_feed_forward(config: LanguageModelConfig, parallel: Parallel = Parallel()) -> FeedForward:  # noqa: B008

@@ -11,14 +11,14 @@ from jaxrl_suite.lm.decoder import IDENTITY, final_norm, forward, head_table, lo
 from jaxrl_suite.lm.layers import wide
 from jaxrl_suite.types import Array, Parallel, Params
 
-_LOGITS_AT_ONCE = 1 << 25  # elements of the largest block of logits: 128 MiB in float32
+_LOGITS_AT_ONCE = 1 << 26  # elements of the largest block of logits: 256 MiB in float32
 
 
 def chunk_rows(num_rows: int, vocab_size: int, limit: int = _LOGITS_AT_ONCE) -> int:
     """Rows of a chunk: equal chunks of at most ``limit`` logits.
 
     >>> chunk_rows(2048, 49152)
-    512
+    1024
     """
     chunks = max(1, -(-num_rows * vocab_size // limit))
     return -(-num_rows // chunks)

@@ -54,9 +54,8 @@ def sampling_logits(logits: Array, sampling: Sampling) -> Array:
         Fan et al. (2018), arXiv 1805.04833 (top-k); Holtzman et al. (2020), arXiv 1904.09751 (top-p);
         Nguyen et al. (2024), arXiv 2407.01082 (min-p).
 
-    >>> law = sampling_logits(jnp.log(jnp.array([0.5, 0.3, 0.2])), Sampling(top_p=0.7))
-    >>> jax.nn.softmax(law).round(3).tolist()
-    [0.625, 0.375, 0.0]
+    >>> sampling_logits(jnp.array([3.0, 1.0, 2.0]), Sampling(top_k=2)).tolist()
+    [3.0, -inf, 2.0]
     """
     logits = logits.astype(wide(logits.dtype))
     if sampling.greedy:
