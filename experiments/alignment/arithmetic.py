@@ -67,7 +67,7 @@ def _policy(model: lm.LanguageModel) -> Policy:
     plain = lm.policy(model)
 
     def generate(*arguments: Any) -> Any:
-        return plain.generate(*arguments, loop="scan", unrolled=True)
+        return plain.generate(*arguments, loop="scan", unrolled=False)
 
     return Policy(plain.log_probs, generate)
 
@@ -233,7 +233,6 @@ STUDY = Study(
     run=run,
     figures=figures,
     presets=PRESETS["arithmetic"],
-    headline=("fixed/archive_hypervolume", "influence/archive_hypervolume"),
-    tour=True,
+    headline=("influence/archive_hypervolume", "influence/final_hypervolume"),
     extras={"matplotlib": "experiments"},
 )

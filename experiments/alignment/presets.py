@@ -2,7 +2,7 @@
 
 PRESETS: dict[str, dict[str, dict[str, object]]] = {
     "arithmetic": {
-        "smoke": {"supervised_steps": 60, "num_steps": 6, "eval_every": 3, "rules": ("fixed", "influence"),
+        "smoke": {"supervised_steps": 60, "num_steps": 6, "eval_every": 3, "rules": ("influence",),
                   "num_prompts": 8, "group_size": 4, "num_layers": 1, "num_eval": 64},
         "default": {},
         "paper": {"supervised_steps": 3000, "num_steps": 600, "num_prompts": 64, "group_size": 8},

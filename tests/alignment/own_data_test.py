@@ -1,0 +1,82 @@
+"""The command on data of one's own: ten questions, an own reward, a front; bad files are named."""
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from experiments.common.launch import launch
+from jaxrl_suite.alignment.tasks import parquet_task, reasoning_gym_task
+from jaxrl_suite.io import files
+
+
+@pytest.fixture
+def ten_questions(tmp_path):
+    table = {
+        "question": [f"What is {i} + {i}?" for i in range(9)] + [""],
+        "answer": [str(2 * i) for i in range(8)] + [None, "3"],
+        "topic": ["sums"] * 10,
+    }
+    path = tmp_path / "ten.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
+    return path
+
+
+def test_rows_without_prompt_or_answer_are_listed(ten_questions):
+    task = parquet_task(ten_questions, prompt_column="question", answer_column="answer")
+    assert len(task.prompts) == 8 and task.skipped == {"no answer": [8], "no prompt": [9]}
+    assert task.columns["answer"][3] == "6" and task.columns["topic"] == ["sums"] * 8
+    assert task.prompts[0].startswith("What is 0 + 0?") and "boxed" in task.prompts[0]
+    assert task.accuracy(task.prompts[:1], ["\\boxed{0}"], answer=["0"]) == [1.0]
+
+
+def test_missing_columns_and_files_are_named(ten_questions, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"prompt_column='prompt': ten.parquet has no such column. Its columns: question"
+    ):
+        parquet_task(ten_questions)
+    with pytest.raises(ValueError, match="no such file"):
+        parquet_task(tmp_path / "none.parquet")
+    (tmp_path / "text.parquet").write_text("no parquet")
+    with pytest.raises(ValueError, match="is not a parquet file"):
+        parquet_task(tmp_path / "text.parquet")
+
+
+def test_reasoning_gym_by_name():
+    task = reasoning_gym_task("chain_sum", num_questions=3, seed=1, min_terms=2, max_terms=2)
+    assert task.accuracy(task.prompts, task.columns["answer"], entry=task.columns["entry"]) == [1.0] * 3
+    assert task.prompts == reasoning_gym_task("chain_sum", num_questions=3, seed=1, min_terms=2, max_terms=2).prompts
+    with pytest.raises(ValueError, match="task='no_such': no such generator"):
+        reasoning_gym_task("no_such", num_questions=1)
+    with pytest.raises(ValueError, match="the generator refuses"):
+        reasoning_gym_task("chain_sum", num_questions=1, no_such_setting=1)
+
+
+def test_own_questions_and_own_reward(ten_questions, tmp_path, capsys):
+    """As a new user would: own parquet, own reward function, train, look at the front; then resume what is finished."""
+    rewards = tmp_path / "my_rewards.py"
+    rewards.write_text(
+        "def brevity(prompts, completions, **columns):\n"
+        "    return [None if i == 0 else 1 / (1 + len(c)) for i, c in enumerate(completions)]\n"
+    )
+    workdir = tmp_path / "run"
+    command = [
+        "--study=own_data", "--preset=smoke", "--num_questions=10",
+        f"--data={ten_questions}",
+        "--prompt_column=question", "--answer_column=answer", f"--rewards={rewards}", "--objectives=accuracy,brevity", f"--workdir={workdir}",
+    ]  # fmt: skip
+    launch("alignment", command)
+    summary = files.read_json(workdir / "summary.json")["summary"]
+    assert summary["questions/used"] == 8 and summary["questions/no_answer"] == 1
+    assert summary["faults/completions"] == 2  # one completion without a score in each of two steps
+    arrays = files.load_arrays(workdir / "results.npz")
+    assert arrays["points"].shape == (2, 2) and np.all(np.isfinite(arrays["points"])) and arrays["front"].any()
+    assert (workdir / "plots" / "front.png").exists()
+    launch("alignment", [*command, "--resume"])
+    assert "front/points" in capsys.readouterr().out
+
+
+def test_unknown_objectives_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        launch("alignment", ["--study=own_data", "--preset=smoke", "--objectives=beauty", f"--workdir={tmp_path}/run"])
+    assert "beauty" in capsys.readouterr().err
