@@ -119,7 +119,7 @@ def _scaling(run: Run, limit: int) -> dict[str, np.ndarray]:
         best = _best(name, number, Workload(sequence=4096, global_batch=1024))
         names.append(str(best.folding) if best else "does not fit")
         found.append((list(PAPER_NAMES).index(name), number, best.mfu if best else np.nan))
-    return {"scaling_best": np.array(found), "scaling_folding": np.array(names)}
+    return {"scaling_best": np.array(found, float).reshape(-1, 3), "scaling_folding": np.array(names)}
 
 
 def _context(run: Run, limit: int) -> dict[str, np.ndarray]:
@@ -131,7 +131,7 @@ def _context(run: Run, limit: int) -> dict[str, np.ndarray]:
         best = _best(name, number, Workload(sequence=sequence, global_batch=batch))
         names.append(str(best.folding) if best else "does not fit")
         found.append((models.index(name), sequence, best.mfu if best else np.nan))
-    return {"context_best": np.array(found), "context_folding": np.array(names)}
+    return {"context_best": np.array(found, float).reshape(-1, 3), "context_folding": np.array(names)}
 
 
 def _best(name: str, num_devices: int, workload: Workload) -> Candidate | None:
