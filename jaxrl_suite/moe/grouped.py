@@ -5,6 +5,7 @@ Here rows lie in an *aligned* layout: the group of each expert is padded to whol
 one matrix, and a loop over blocks does one plain 2-D product each, skipping blocks without rows.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -96,8 +97,8 @@ def align(groups: Array, num_groups: int, *, block: int = 128) -> Blocks:
     return Blocks(source, slots, expert, live)
 
 
-@jax.custom_vjp
-def block_matmul(rows: Array, weights: Array, expert: Array, live: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def block_matmul(rows: Array, weights: Array, expert: Array, live: Array, transposed: bool = False) -> Array:
     """Product of each block of aligned rows with the matrix of its expert; zero for blocks without rows.
 
     The derivative is a pair of such products, so it can be transposed and differentiated again in reverse.
@@ -107,11 +108,12 @@ def block_matmul(rows: Array, weights: Array, expert: Array, live: Array) -> Arr
         weights: [E, D, F].
         expert: int32 [M / block].
         live: bool [M / block].
+        transposed: multiply with the transposed matrices: rows [M, F] to [M, D], without a copy of the weights.
 
     Returns:
         [M, F].
     """
-    return _block_matmul(rows, weights, expert, live)
+    return _block_matmul(rows, weights, expert, live, transposed)
 
 
 @jax.custom_vjp
@@ -131,15 +133,17 @@ def block_outer(rows: Array, others: Array, expert: Array, live: Array, like: Ar
     return _block_outer(rows, others, expert, live, like)
 
 
-def _block_matmul(rows: Array, weights: Array, expert: Array, live: Array) -> Array:
-    num_blocks, width = expert.shape[0], weights.shape[-1]
+def _block_matmul(rows: Array, weights: Array, expert: Array, live: Array, transposed: bool) -> Array:
+    num_blocks, width = expert.shape[0], weights.shape[1 if transposed else 2]
     block = rows.shape[0] // num_blocks
 
     def one(_: None, item: tuple[Array, Array, Array]) -> tuple[None, Array]:
         x, e, is_live = item
 
         def product(x: Array) -> Array:
-            return jnp.dot(x, weights[e], preferred_element_type=_wide(x.dtype)).astype(x.dtype)
+            contracted = (((1,), (1 if transposed else 0,)), ((), ()))
+            wide = _wide(x.dtype)
+            return jax.lax.dot_general(x, weights[e], contracted, preferred_element_type=wide).astype(x.dtype)
 
         def nothing(x: Array) -> Array:
             return zeros_like_varying((block, width), x.dtype, x, weights, e)
@@ -172,15 +176,16 @@ def _block_outer(rows: Array, others: Array, expert: Array, live: Array, like: A
     return jax.lax.scan(one, start, split)[0].astype(rows.dtype)
 
 
-def _matmul_forward(rows: Array, weights: Array, expert: Array, live: Array) -> tuple[Array, tuple]:
-    return _block_matmul(rows, weights, expert, live), (rows, weights, expert, live)
+def _matmul_forward(rows: Array, weights: Array, expert: Array, live: Array, transposed: bool) -> tuple[Array, tuple]:
+    return _block_matmul(rows, weights, expert, live, transposed), (rows, weights, expert, live)
 
 
-def _matmul_backward(residuals: tuple, cotangent: Array) -> tuple:
+def _matmul_backward(transposed: bool, residuals: tuple, cotangent: Array) -> tuple:
     rows, weights, expert, live = residuals
     like = vary_like(jnp.zeros((weights.shape[0], 0), rows.dtype), rows)
-    d_rows = block_matmul(cotangent, weights.swapaxes(1, 2), expert, live)
-    d_weights = block_outer(rows, cotangent, expert, live, like).astype(weights.dtype)
+    d_rows = block_matmul(cotangent, weights, expert, live, not transposed)
+    pair = (cotangent, rows) if transposed else (rows, cotangent)
+    d_weights = block_outer(*pair, expert, live, like).astype(weights.dtype)
     return d_rows.astype(rows.dtype), d_weights, None, None
 
 
@@ -190,8 +195,8 @@ def _outer_forward(rows: Array, others: Array, expert: Array, live: Array, like:
 
 def _outer_backward(residuals: tuple, cotangent: Array) -> tuple:
     rows, others, expert, live, like = residuals
-    d_rows = block_matmul(others, cotangent.swapaxes(1, 2), expert, live)
-    d_others = block_matmul(rows, cotangent, expert, live)
+    d_rows = block_matmul(others, cotangent, expert, live, True)
+    d_others = block_matmul(rows, cotangent, expert, live, False)
     return d_rows, d_others, None, None, jnp.zeros_like(like)
 
 

@@ -1,0 +1,158 @@
+"""Trains a mixture-of-experts model under a folding, on a text file or Python's own source.
+
+    python -m experiments.moe.train --folding="attention=tp2.dp4 experts=ep8" --num_steps=50 --workdir=runs/moe/a
+    python -m experiments.moe.train --folding="attention=tp4.dp2 experts=etp2.ep4" --num_steps=80 --workdir=runs/moe/a
+
+The second command continues the first under another folding: checkpoints know nothing of foldings. ``--export=FOLDER``
+writes a Hugging Face folder at the end. ``--model=small`` is a byte model; a folder with pretrained weights of a
+Mixtral, Qwen2-MoE or Qwen3-MoE is read straight onto the folding.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments.moe.devices import virtual_devices
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("folding", "attention=tp2.dp4 experts=ep8", "where attention and experts lie", flag_values=FLAGS)
+flags.DEFINE_string("model", "small", "small, or a Hugging Face folder", flag_values=FLAGS)
+flags.DEFINE_string("data", "", "a text file, read as bytes (as tokens with a folder's tokenizer)", flag_values=FLAGS)
+flags.DEFINE_string("workdir", "runs/moe/train", "checkpoints and metrics", flag_values=FLAGS)
+flags.DEFINE_string("export", "", "Hugging Face folder to write at the end", flag_values=FLAGS)
+flags.DEFINE_integer("num_steps", 50, "steps in all, those of earlier starts included", flag_values=FLAGS)
+flags.DEFINE_integer("batch_size", 8, "sequences of a step", flag_values=FLAGS)
+flags.DEFINE_integer("length", 128, "tokens of a sequence", flag_values=FLAGS)
+flags.DEFINE_integer("num_microbatches", 0, "micro-batches; 0 for the number of stages", flag_values=FLAGS)
+flags.DEFINE_float("learning_rate", 1e-3, "step of AdamW", flag_values=FLAGS)
+flags.DEFINE_float("capacity_factor", 0.0, "slots of an expert over its even share; 0 for dropless", flag_values=FLAGS)
+flags.DEFINE_float("balance_coef", 0.01, "weight of the balancing loss", flag_values=FLAGS)
+flags.DEFINE_float("peak_tflops", 0.0, "peak of one device for the MFU column; 0 leaves it out", flag_values=FLAGS)
+
+
+def build(folding: Any) -> tuple[Any, Any, Any]:
+    """Configuration, fresh (or pretrained) state and tokenizer."""
+    import jax
+
+    from jaxrl_suite import lm, moe
+    from jaxrl_suite.moe.partition import placements
+
+    options = {
+        "num_microbatches": FLAGS.num_microbatches or folding.pp,
+        "dispatch": "drop_pad" if FLAGS.capacity_factor else "padded",
+        "capacity_factor": FLAGS.capacity_factor or None,
+        "balance": "global",
+        "block_rows": 32,
+    }
+    if FLAGS.model == "small":
+        model = lm.LanguageModelConfig(
+            family="mixtral", vocab_size=256, width=64, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=8,
+            ffn_width=128, num_experts=8, tied_head=False,
+        )  # fmt: skip
+        config = moe.MoEConfig(model=model, **options)
+        return config, moe.init_train_state(jax.random.key(0), config, folding), None
+    mesh, places = folding.mesh(), {}
+
+    def sharding(path: str, shape: tuple[int, ...]) -> Any:
+        del shape
+        return jax.sharding.NamedSharding(mesh, places[path].stored)
+
+    from jaxrl_suite.lm.hf_config import config_from_hf
+
+    source = Path(FLAGS.model)
+    values = json.loads((source / "config.json").read_text())
+    config = moe.MoEConfig(model=config_from_hf(values, where=str(source / "config.json")), **options)
+    moe.check_folding(config, folding)
+    places.update(placements(config, folding))
+    loaded = lm.load_pretrained(source, sharding=sharding)
+    config = config.replace(model=loaded.config)
+    return config, moe.state_from_params(loaded.params, config, folding), loaded.tokenizer
+
+
+def read_tokens(tokenizer: Any) -> Any:
+    """The training text as one array of tokens."""
+    import numpy as np
+
+    from experiments.moe.corpus import standard_library_bytes
+
+    if not FLAGS.data:
+        raw = standard_library_bytes(1_000_000)
+    else:
+        raw = np.frombuffer(Path(FLAGS.data).read_bytes(), np.uint8)
+    if tokenizer is None:
+        return raw
+    return np.asarray(tokenizer.encode(raw.tobytes().decode("utf-8", errors="replace")), np.int32)
+
+
+def flops_per_token(model: Any, length: int) -> float:
+    """Training floating-point operations of one token, causal attention counted (three times the forward pass)."""
+    attention = 2 * model.width * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
+    core = 2 * length * model.num_heads * model.head_dim
+    sparse = 6 * model.experts_per_token * model.width * model.routed_width + 2 * model.width * model.num_experts
+    shared = 6 * model.width * model.shared_width
+    return 3 * (model.num_layers * (attention + core + sparse + shared) + 2 * model.width * model.vocab_size)
+
+
+def train(folding: Any) -> None:
+    """The loop: continues the newest checkpoint of the workdir, whatever folding wrote it."""
+    import jax
+    import jax.numpy as jnp
+
+    from experiments.moe.corpus import windows
+    from jaxrl_suite import lm, moe
+    from jaxrl_suite.io import checkpoint
+
+    config, state, tokenizer = build(folding)
+    text = jnp.asarray(read_tokens(tokenizer))
+    folder = Path(FLAGS.workdir) / "checkpoints"
+    if checkpoint.latest_step(folder) is not None:
+        state, _ = checkpoint.restore_checkpoint(folder, state)
+        print(f"continuing at step {int(state.step)} of {folder}")
+    hparams = moe.HParams(learning_rate=FLAGS.learning_rate, balance_coef=FLAGS.balance_coef)
+    key, work = jax.random.key(1), flops_per_token(config.model, FLAGS.length) * FLAGS.batch_size * FLAGS.length
+    tokens = FLAGS.batch_size * FLAGS.length
+    every = max(1, FLAGS.num_steps // 10)
+    for step in range(int(state.step), FLAGS.num_steps):
+        batch = moe.language_batch(windows(key, step, text, FLAGS.batch_size, FLAGS.length))
+        began = time.perf_counter()
+        state, metrics = moe.train_step(state, batch, hparams=hparams)
+        jax.block_until_ready(state)
+        seconds = time.perf_counter() - began
+        if step % every == 0 or step == FLAGS.num_steps - 1:
+            use = work / seconds / folding.num_ranks / (FLAGS.peak_tflops * 1e12) if FLAGS.peak_tflops else None
+            print(
+                f"step {step:>5}  loss {float(metrics['loss/nats']):.4f} nats  {tokens / seconds:8.0f} tokens/s  "
+                + (f"MFU {use:.1%}  " if use is not None else "")
+                + f"dropped {float(metrics['dispatch/drop_rate']):.2%}  "
+                f"load {float(metrics['load/max_over_mean']):.2f}",
+                flush=True,
+            )
+    checkpoint.save_checkpoint(folder, int(state.step), state, metadata={"folding": str(folding)})
+    print(f"saved step {int(state.step)} in {folder}")
+    if FLAGS.export:
+        params = jax.tree.map(jax.device_get, state.params)
+        pretrained = lm.Pretrained(lm.LanguageModel(config.model), params, config.model, tokenizer)
+        print(f"exported to {lm.save_pretrained(FLAGS.export, pretrained, overwrite=True)}")
+
+
+def main(arguments: list[str]) -> int:
+    """Reads flags and trains."""
+    FLAGS(arguments)
+    from jaxrl_suite.moe.folding import Folding
+
+    try:
+        folding = Folding.parse(FLAGS.folding)
+        virtual_devices(folding.num_ranks)
+        train(folding)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
