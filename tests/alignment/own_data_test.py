@@ -63,7 +63,8 @@ def test_own_questions_and_own_reward(ten_questions, tmp_path, capsys):
     command = [
         "--study=own_data", "--preset=smoke", "--num_questions=10",
         f"--data={ten_questions}",
-        "--prompt_column=question", "--answer_column=answer", f"--rewards={rewards}", "--objectives=accuracy,brevity", f"--workdir={workdir}",
+        "--prompt_column=question", "--answer_column=answer", f"--rewards={rewards}",
+        "--objectives=accuracy,brevity", f"--workdir={workdir}",
     ]  # fmt: skip
     launch("alignment", command)
     summary = files.read_json(workdir / "summary.json")["summary"]
