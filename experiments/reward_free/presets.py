@@ -6,4 +6,70 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
         "default": {"num_episodes": 60},
         "paper": {"num_episodes": 300},
     },
+    "horizon": {
+        "smoke": {
+            "horizons": (16,),
+            "kinds": ("weighted", "unweighted"),
+            "num_episodes": 15,
+            "num_runs": 2,
+            "max_doublings": 0,
+            "num_random_rewards": 5,
+        },
+        "default": {},
+        "paper": {"horizons": (8, 16, 32, 64, 128, 256, 512, 1024), "num_runs": 16, "max_doublings": 4},
+    },
+    "baselines": {
+        "smoke": {
+            "worlds": ("lock",),
+            "explorers": ("hf_ucrl_rfe_pp", "ucrl_rfe"),
+            "horizon": 8,
+            "num_episodes": 15,
+            "num_runs": 2,
+            "num_random_rewards": 5,
+        },
+        "default": {},
+        "paper": {"num_episodes": 300, "num_runs": 64},
+    },
+    "episodes": {
+        "smoke": {
+            "episodes": (8, 16),
+            "dimensions": (3, 4),
+            "dimension_episodes": 8,
+            "horizon": 6,
+            "num_runs": 2,
+            "gap_scale": 0.15,
+        },
+        "default": {},
+        "paper": {"episodes": (32, 64, 128, 256, 512, 1024), "num_runs": 64, "dimensions": (3, 4, 5, 6, 7, 8)},
+    },
+    "ablations": {
+        "smoke": {
+            "horizon": 8,
+            "num_episodes": 10,
+            "num_runs": 2,
+            "variants": ("default", "one moment level"),
+        },
+        "default": {},
+        "paper": {"num_episodes": 300, "num_runs": 64},
+    },
+    "coverage": {
+        "smoke": {"horizon": 8, "num_episodes": 15, "num_runs": 8},
+        "default": {},
+        "paper": {"num_episodes": 300, "num_runs": 512},
+    },
+    "many_rewards": {
+        "smoke": {"num_episodes": 15, "num_rewards": 500, "num_weights": 21, "horizon": 8},
+        "default": {},
+        "paper": {"num_episodes": 1000, "num_rewards": 20_000},
+    },
+    "learned_ridge": {
+        "smoke": {"num_runs": 4, "num_steps": 60, "num_grid": 15},
+        "default": {},
+        "paper": {"num_runs": 256, "num_steps": 500},
+    },
+    "certificates": {
+        "smoke": {"worlds": ("lock",), "num_chunks": 4, "chunk_episodes": 100, "horizon": 8},
+        "default": {"chunk_episodes": 2000},
+        "paper": {"num_chunks": 80, "chunk_episodes": 2000},
+    },
 }

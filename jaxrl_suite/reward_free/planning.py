@@ -10,6 +10,8 @@ from jaxrl_suite.mdp import LinearMixtureMDP
 from jaxrl_suite.reward_free.types import Exploration
 from jaxrl_suite.types import Array
 
+_BLOCK = 500  # rewards planned side by side
+
 
 class Policies(NamedTuple):
     """Plans for R rewards.
@@ -56,6 +58,18 @@ def plan_model(model: Array, successors: Array, start: Array, rewards: Array) ->
         rule=f"shape must be [R, H, S, A] with S={states}, A={actions}",
         remedy="Add a leading axis for a single reward",
     )
+    count = rewards.shape[0]
+    if count <= _BLOCK:
+        return _plan_block(model, successors, start, rewards)
+    # Blocks that fit the cache; the last one is filled up with rewards of 0.
+    padded = jnp.pad(rewards, ((0, -count % _BLOCK), (0, 0), (0, 0), (0, 0)))
+    blocks = padded.reshape(-1, _BLOCK, *rewards.shape[1:])
+    planned = jax.lax.map(lambda block: _plan_block(model, successors, start, block), blocks)
+    return Policies(*(part.reshape(-1, *part.shape[2:])[:count] for part in planned))
+
+
+def _plan_block(model: Array, successors: Array, start: Array, rewards: Array) -> Policies:
+    states = model.shape[0]
     lanes = jnp.transpose(rewards, (1, 2, 3, 0))
 
     def back(values: Array, reward: Array) -> tuple[Array, Array]:

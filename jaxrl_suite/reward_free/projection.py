@@ -22,7 +22,7 @@ class Projection(NamedTuple):
     residual: Array
 
 
-def project_parameter(mdp: LinearMixtureMDP, theta: Array, gram: Array, *, num_iterations: int = 200) -> Projection:
+def project_parameter(mdp: LinearMixtureMDP, theta: Array, gram: Array, *, num_iterations: int = 1000) -> Projection:
     """``argmin |x - theta|_gram`` over the x whose ``phi(s' | s, a) . x`` are distributions.
 
     Non-expansive towards every valid parameter, so that a confidence radius around ``theta`` survives it. Solved by the

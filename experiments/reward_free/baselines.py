@@ -1,0 +1,117 @@
+"""All explorers at equal episodes on five worlds, negative controls included, and the one that is ahead in both."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
+
+import jax
+import numpy as np
+
+from experiments.common.study import Result, Study
+from experiments.reward_free.measures import WORLDS, bank_of, mean_and_half, measure
+from experiments.reward_free.presets import PRESETS
+from jaxrl_suite.config import Config, check, field
+from jaxrl_suite.reward_free import ExplorerConfig
+from jaxrl_suite.reward_free.config import HParams
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from experiments.common.run import Run
+
+EXPLORERS = {
+    "hf_ucrl_rfe_pp": {},
+    "widest_targets": {"targets": "widths"},
+    "unweighted": {"algorithm": "unweighted"},
+    "ucrl_rfe": {"algorithm": "ucrl_rfe"},
+    "ucrl_rfe_plus": {"algorithm": "ucrl_rfe_plus"},
+    "rf_ucrl": {"algorithm": "rf_ucrl"},
+    "uniform": {"algorithm": "uniform"},
+}
+_MEASURES = ("uncertainty", "loss", "value_error")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaselinesConfig(Config):
+    """Worlds, episodes and runs."""
+
+    worlds: tuple[str, ...] = field(
+        ("lock", "chain", "riverswim", "frozen_lake_8x8", "random_mixture", "hard"), help="worlds to explore"
+    )
+    horizon: int = field(16, help="steps an episode (FrozenLake: four times as many)")
+    num_episodes: int = field(150, help="episodes K")
+    num_runs: int = field(8, help="independent runs")
+    num_random_rewards: int = field(30, help="random rewards in the bank")
+    explorers: tuple[str, ...] = field(tuple(EXPLORERS), help="explorers, the first is compared with the others")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = [name for name in self.worlds if name not in WORLDS]
+        check(not unknown, argument="worlds", value=unknown, rule=f"must be among {', '.join(WORLDS)}")
+
+
+def run(run: "Run") -> Result:
+    """Measures each explorer on each world, and says where the paper's loses."""
+    config = cast(BaselinesConfig, run.config)
+    keys, arrays = jax.random.split(run.key, config.num_runs), {}
+    for name in run.progress(config.worlds, "worlds"):
+        world, horizon = WORLDS[name](), config.horizon * (4 if name.startswith("frozen") else 1)
+        bank = bank_of(world, horizon, num_random=config.num_random_rewards)
+        for explorer, changes in ((name, EXPLORERS[name]) for name in config.explorers):
+            settings = ExplorerConfig(horizon=horizon, num_episodes=config.num_episodes, output="final", **changes)
+            found = run.stage(
+                f"{name}_{explorer}", lambda s=settings, w=world, b=bank: measure(w, s, HParams(), keys, b)
+            )
+            arrays |= {f"{name}/{explorer}/{key}": found[key] for key in _MEASURES}
+    summary: dict[str, float | int | str | bool | None] = {}
+    for name in config.worlds:
+        errors = {explorer: arrays[f"{name}/{explorer}/value_error"].mean() for explorer in config.explorers}
+        better = [explorer for explorer in config.explorers if errors[explorer] < errors[config.explorers[0]]]
+        summary[f"{name}/best_in_value_error"] = min(errors, key=errors.get)
+        summary[f"{name}/ahead_of_{config.explorers[0]}"] = ", ".join(better) or "none"
+        for explorer in config.explorers:
+            for key in _MEASURES:
+                mean, half = mean_and_half(arrays[f"{name}/{explorer}/{key}"])
+                summary[f"{name}/{explorer}/{key}"] = float(mean)
+                summary[f"{name}/{explorer}/{key}_interval"] = float(half)
+    return Result(summary, arrays | {"worlds": np.array(config.worlds), "explorers": np.array(config.explorers)})
+
+
+def figures(result: Result) -> Mapping[str, "Figure"]:
+    """Uncertainty, loss and value error of each explorer on each world."""
+    from jaxrl_suite.io.plots import new_figure, series_style
+
+    worlds, explorers = ([str(name) for name in result.arrays[key]] for key in ("worlds", "explorers"))
+    figure, panels = new_figure(14.0, 9.0, nrows=3, title="Explorers at equal episodes (lower is better)")
+    labels = ("uncertainty value", "worst loss of a plan", "worst value error")
+    width = 0.8 / len(explorers)
+    for axes, key, label in zip(panels, _MEASURES, labels, strict=True):
+        for index, explorer in enumerate(explorers):
+            bars = [mean_and_half(result.arrays[f"{name}/{explorer}/{key}"]) for name in worlds]
+            place = np.arange(len(worlds)) + width * (index - len(explorers) / 2)
+            axes.bar(
+                place,
+                [max(float(mean), 1e-6) for mean, _ in bars],
+                width,
+                yerr=[float(half) for _, half in bars],
+                color=series_style(index)["color"],
+                label=explorer.replace("_", " "),
+            )
+        axes.set_xticks(range(len(worlds)), [name.replace("_", " ") for name in worlds])
+        axes.set(ylabel=f"{label} (of 1)", yscale="log", ylim=(1e-4, 1.5))
+    panels[0].legend(ncols=4, fontsize=8)
+    return {"baselines": figure}
+
+
+STUDY = Study(
+    name="baselines",
+    summary="Seven explorers at equal episodes on worlds where exploration matters and on negative controls; "
+    "says where the horizon-free one loses, and shows the variant that is ahead in both measures.",
+    config=BaselinesConfig,
+    run=run,
+    figures=figures,
+    presets=PRESETS["baselines"],
+    headline=("lock/best_in_value_error", "riverswim/best_in_value_error"),
+    x64=True,
+    extras={"gymnasium": "experiments", "matplotlib": "experiments"},
+)

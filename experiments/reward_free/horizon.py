@@ -1,0 +1,110 @@
+"""The horizon drops out with weights and not without: uncertainty, value error and certificate against H."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
+
+import jax
+import numpy as np
+
+from experiments.common.study import Result, Study
+from experiments.reward_free.measures import bank_of, errorbars, measure
+from experiments.reward_free.presets import PRESETS
+from jaxrl_suite.config import Config, field
+from jaxrl_suite.envs.mixtures import lock
+from jaxrl_suite.reward_free import ExplorerConfig
+from jaxrl_suite.reward_free.config import HParams
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from experiments.common.run import Run
+
+_KINDS = {
+    "weighted": {},
+    "unweighted": {"algorithm": "unweighted"},
+    "widest_targets": {"targets": "widths"},
+    "ucrl_rfe": {"algorithm": "ucrl_rfe"},
+}
+_SHOWN = ("uncertainty", "value_error", "certificate")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HorizonConfig(Config):
+    """Horizons and effort. The world is the lock with S = 8, A = 3, D = 5."""
+
+    horizons: tuple[int, ...] = field((8, 16, 32, 64, 128, 256), help="horizons H")
+    num_episodes: int = field(100, help="episodes K")
+    num_runs: int = field(4, help="independent runs a point")
+    ascent_steps: int = field(10, help="ascent steps of the oracle to start from")
+    max_doublings: int = field(2, help="ascent steps are doubled until the uncertainty moves by less than 2 percent")
+    num_random_rewards: int = field(30, help="random rewards in the bank")
+    kinds: tuple[str, ...] = field(tuple(_KINDS), help="explorers")
+
+
+def run(run: "Run") -> Result:
+    """Runs every kind at every horizon; doubles the oracle's effort until it no longer matters."""
+    config = cast(HorizonConfig, run.config)
+    world, arrays = lock(), {}
+    keys = jax.random.split(run.key, config.num_runs)
+    points = [(kind, horizon) for kind in config.kinds for horizon in config.horizons]
+    for kind, horizon in run.progress(points, "horizons"):
+        found = run.stage(f"{kind}_{horizon}", lambda k=kind, h=horizon: _point(world, config, k, h, keys))
+        arrays |= {f"{kind}/{horizon}/{name}": value for name, value in found.items()}
+    summary: dict[str, float | int | str | bool | None] = {}
+    for kind in config.kinds:
+        for name in ("uncertainty", "value_error"):
+            curve = np.array([arrays[f"{kind}/{h}/{name}"].mean() for h in config.horizons])
+            late = curve[np.array(config.horizons) >= 16] if max(config.horizons) > 16 else curve
+            summary[f"{kind}/{name}_max_over_min"] = float(late.max() / late.min())
+            summary[f"{kind}/{name}_growth"] = float(late[-1] / late[0])
+            summary[f"{kind}/{name}_at_last_horizon"] = float(curve[-1])
+        summary[f"{kind}/largest_ascent_steps"] = int(max(arrays[f"{kind}/{h}/ascent_steps"] for h in config.horizons))
+    return Result(summary, arrays | {"horizons": np.array(config.horizons), "kinds": np.array(config.kinds)})
+
+
+def _point(world, config: HorizonConfig, kind: str, horizon: int, keys) -> dict[str, np.ndarray]:
+    bank, steps, last = bank_of(world, horizon, num_random=config.num_random_rewards), config.ascent_steps, None
+    for doubling in range(config.max_doublings + 1):
+        settings = ExplorerConfig(
+            horizon=horizon, num_episodes=config.num_episodes, ascent_steps=steps, output="final", **_KINDS[kind]
+        )
+        found = measure(world, settings, HParams(), keys, bank)
+        found = {name: found[name] for name in (*_SHOWN, "loss")}
+        value = found["uncertainty"].mean()
+        settled = last is not None and abs(value - last) <= 0.02 * last
+        if kind == "ucrl_rfe" or settled or doubling == config.max_doublings:
+            break
+        last, steps = value, 2 * steps
+    return {**found, "ascent_steps": np.array(steps), "settled": np.array(kind == "ucrl_rfe" or settled)}
+
+
+def figures(result: Result) -> Mapping[str, "Figure"]:
+    """Uncertainty, value error and certificate against the horizon."""
+    from jaxrl_suite.io.plots import new_figure
+
+    horizons = result.arrays["horizons"]
+    figure, panels = new_figure(14.0, 4.2, ncols=3, title="Lock, S = 8, A = 3, D = 5: what a longer horizon costs")
+    labels = ("uncertainty value (an indication)", "worst value error over the bank", "certificate, radius 1.3 sqrt(D)")
+    for axes, name, label in zip(panels, _SHOWN, labels, strict=True):
+        for index, kind in enumerate(str(name) for name in result.arrays["kinds"]):
+            values = np.array([result.arrays[f"{kind}/{h}/{name}"] for h in horizons])
+            errorbars(axes, horizons, values, index, kind.replace("_", " "))
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="horizon H (steps)", ylabel=label, ylim=(0, None))
+    panels[0].legend()
+    return {"horizon": figure}
+
+
+STUDY = Study(
+    name="horizon",
+    summary="On the lock the weighted explorer's uncertainty stays flat from 16 steps to many, where the unweighted "
+    "one's grows to 1; the ascent effort is doubled until it does not matter.",
+    config=HorizonConfig,
+    run=run,
+    figures=figures,
+    presets=PRESETS["horizon"],
+    headline=("weighted/uncertainty_max_over_min", "unweighted/uncertainty_growth"),
+    x64=True,
+    extras={"matplotlib": "experiments"},
+)

@@ -1,0 +1,153 @@
+"""What the studies of this family measure of an exploration, and the worlds they share."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_suite.envs import mixtures
+from jaxrl_suite.envs.gymnasium_tables import gymnasium_world
+from jaxrl_suite.mdp import LinearMixtureMDP
+from jaxrl_suite.reward_free import (
+    ExplorerConfig,
+    advance,
+    certificate,
+    explore,
+    finish,
+    init_explorer,
+    plan,
+    reward_bank,
+    suboptimality,
+    value_error,
+)
+from jaxrl_suite.reward_free.config import HParams
+
+WORLDS: dict[str, Callable[[], LinearMixtureMDP]] = {
+    "lock": mixtures.lock,
+    "chain": mixtures.region_chain,
+    "riverswim": mixtures.riverswim,
+    "frozen_lake_8x8": lambda: gymnasium_world("FrozenLake-v1", map_name="8x8", is_slippery=True).mdp,
+    "random_mixture": lambda: mixtures.random_mixture(jax.random.key(7)),
+    "hard": mixtures.hard_instance,
+}
+
+
+def measure(
+    world: LinearMixtureMDP,
+    config: ExplorerConfig,
+    hparams: HParams,
+    keys: jax.Array,
+    bank: jax.Array,
+    *,
+    certificate_scale: float = 1.3,
+) -> dict[str, np.ndarray]:
+    """Explores with each key, plans for each reward of the bank, and compares with the truth.
+
+    Args:
+        world: the world.
+        config: algorithm and sizes.
+        hparams: traced scalars, [].
+        keys: [seeds].
+        bank: [R, H, S, A], rewards of the class.
+        certificate_scale: multiplies the radius of the certificate.
+
+    Returns:
+        Arrays [seeds]: "uncertainty" (last episode), "loss" (worst suboptimality), "value_error" (worst), "certificate"
+        (1 where there is none), "asked" (oracle calls), "finite"; and "curve" [seeds, K].
+    """
+    certified = config.algorithm != "rf_ucrl" and config.planner_estimator == "pooled"
+
+    def one(key: jax.Array) -> dict[str, jax.Array]:
+        found = explore(key, world, config, hparams)
+        planned = plan(found, bank).actions
+        sealed = (
+            certificate(world, config, hparams, found, scale=certificate_scale).bound if certified else jnp.ones(())
+        )
+        return {
+            "uncertainty": found.history.uncertainty[-1],
+            "loss": jnp.max(suboptimality(world, planned, bank)),
+            "value_error": jnp.max(value_error(world, found, planned, bank)),
+            "certificate": sealed,
+            "asked": jnp.sum(found.history.asked),
+            "finite": found.finite,
+            "curve": found.history.uncertainty,
+        }
+
+    found = jax.jit(jax.vmap(one))(keys)
+    if not bool(jnp.all(found["finite"])):
+        raise ValueError("exploration: a Cholesky factorisation failed. Remedy: run in float64 (--x64).")
+    return {name: np.asarray(value) for name, value in found.items()}
+
+
+def measure_path(
+    world: LinearMixtureMDP,
+    config: ExplorerConfig,
+    keys: jax.Array,
+    bank: jax.Array,
+    episodes: tuple[int, ...],
+) -> dict[str, np.ndarray]:
+    """As :func:`measure` at several numbers of episodes of the same runs; worlds of equal shape share the compilation.
+
+    Args:
+        world: the world.
+        config: with ``output="final"``.
+        keys: [seeds].
+        bank: [R, H, S, A].
+        episodes: increasing multiples of the first.
+
+    Returns:
+        "uncertainty", "loss" and "value_error", each [len(episodes), seeds].
+    """
+    chunk, rows = episodes[0], []
+    state = jax.vmap(lambda key: init_explorer(key, world, config, HParams()))(keys)
+    for start in range(0, episodes[-1], chunk):
+        state, history = _advance_seeds(world, config, state, jnp.int32(start), chunk)
+        if start + chunk in episodes:
+            rows.append(_read_seeds(world, config, state, history, bank))
+    names = ("uncertainty", "loss", "value_error")
+    return {name: np.array([row[index] for row in rows]) for index, name in enumerate(names)}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "chunk"))
+def _advance_seeds(world, config, state, start, chunk):
+    return jax.vmap(lambda s: advance(world, config, HParams(), s, start, chunk))(state)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _read_seeds(world, config, state, history, bank):
+    def one(state, history):
+        found = finish(world, config, HParams(), state, history)
+        planned = plan(found, bank).actions
+        losses = suboptimality(world, planned, bank)
+        return history.uncertainty[-1], jnp.max(losses), jnp.max(value_error(world, found, planned, bank))
+
+    return jax.vmap(one)(state, history)
+
+
+def bank_of(world: LinearMixtureMDP, horizon: int, *, num_random: int = 30) -> jax.Array:
+    """The rewards that a study tries its plans on."""
+    return reward_bank(world, jax.random.key(11), horizon, num_random=num_random)
+
+
+def mean_and_half(values: Any, axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and half width of a 95 % normal interval over an axis."""
+    values = np.asarray(values, float)
+    count = values.shape[axis]
+    half = 1.96 * values.std(axis, ddof=min(1, count - 1)) / max(count, 1) ** 0.5
+    return values.mean(axis), half
+
+
+def log_slope(x: Any, y: Any) -> float:
+    """Least-squares slope of log y against log x."""
+    return float(np.polyfit(np.log(np.asarray(x, float)), np.log(np.maximum(np.asarray(y, float), 1e-12)), 1)[0])
+
+
+def errorbars(axes: Any, x: Any, values: np.ndarray, index: int, label: str) -> None:
+    """Means over the last axis with 95 % intervals, in the style of series ``index``."""
+    from jaxrl_suite.io.plots import series_style
+
+    mean, half = mean_and_half(values)
+    axes.errorbar(x, mean, yerr=half, capsize=3, label=label, **series_style(index))
