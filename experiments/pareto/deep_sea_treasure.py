@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +140,7 @@ def _study_layout(layout: Layout, config: DeepSeaConfig) -> dict[str, np.ndarray
     reference = jnp.array([config.reference_treasure, config.reference_time])
     # Inside the interval: a weight of exactly 0 or 1 does not see one objective, and any way of wandering is optimal.
     weights = (jnp.arange(config.num_weights) + 0.5) / config.num_weights
-    solved = {name: np.asarray(value) for name, value in _solve(tabulate(layout), weights, reference).items()}
+    solved: dict[str, np.ndarray] = jax.device_get(_solve(tabulate(layout), weights, reference))
     front, contributions = solved["front"][solved["keep"]], solved["contributions"][solved["keep"]]
     pairs = jnp.stack([weights, 1 - weights], axis=1)
     choice = np.asarray(jax.vmap(tchebycheff_choice, (None, 0))(jnp.asarray(front), pairs))
@@ -166,17 +166,20 @@ def _published_front(layout: Layout) -> np.ndarray:
     with warnings.catch_warnings():  # it warns about the precision of its own reward space
         warnings.simplefilter("ignore")
         env = mo_gymnasium.make(name)
-        front = np.array(env.unwrapped.pareto_front(gamma=1.0))
+        inner: Any = env.unwrapped
+        front = np.array(inner.pareto_front(gamma=1.0))
         env.close()
     return front[np.argsort(front[:, 0])]
 
 
 def run(run: "Run") -> Result:
     """Solves both maps exactly for every weight and compares the fronts found with the published ones."""
+    config = run.config
+    assert isinstance(config, DeepSeaConfig)
     summary: dict[str, float | int | str | bool | None] = {}
     arrays: dict[str, np.ndarray] = {}
     for layout in run.progress(LAYOUTS, "maps"):
-        found = run.stage(layout, lambda layout=layout: _study_layout(layout, run.config))
+        found = run.stage(layout, lambda layout=layout: _study_layout(layout, config))
         arrays.update({f"{layout}/{name}": value for name, value in found.items()})
         published = _published_front(layout)
         error = max(np.abs(found["front"] - published).max(), np.abs(found["front"] - known_front(layout)).max())
