@@ -123,6 +123,8 @@ def _problems(config: MoEConfig, folding: Folding, batch_size: int | None, lengt
     divide("num_heads", model.num_heads, "tp", folding.tp)
     if folding.tp % model.num_kv_heads:
         divide("num_kv_heads", model.num_kv_heads, "tp", folding.tp)
+    if len(set(model.layer_windows)) > 1:
+        problems.append(f"first_window_layer={model.first_window_layer}: all layers must have the same window")
     divide("vocab_size", model.vocab_size, "tp", folding.tp)
     divide("num_layers", model.num_layers, "pp·virtual_stages", folding.pp * config.virtual_stages)
     if length is not None:

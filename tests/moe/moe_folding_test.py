@@ -189,3 +189,9 @@ def test_refinement_of_random_views():
         assert (atoms is not None) == chain
         if atoms is not None:
             assert math.prod(atoms.sizes) == 36
+
+
+def test_mixed_windows_are_refused():
+    model = LanguageModelConfig(num_experts=8, sliding_window=4, first_window_layer=1)
+    with pytest.raises(ValueError, match="first_window_layer=1"):
+        check_folding(MoEConfig(model=model), Folding())
