@@ -52,7 +52,8 @@ def decode(folder: Path, batch: int, new_tokens: int, repeats: int) -> dict[str,
     from jaxrl_suite import lm
 
     ours, theirs = lm.load_pretrained(folder), torch_model(folder)
-    prompt = ours.tokenizer.chat([{"role": "user", "content": PROMPT}])
+    tokenizer: Any = ours.tokenizer
+    prompt = tokenizer.chat([{"role": "user", "content": PROMPT}])
     prompts, mask = lm.left_pad([prompt] * batch)
     sampling = lm.Sampling(max_tokens=new_tokens, greedy=batch == 1)
     params = lm.prepare_decode(ours.params, config=ours.config)

@@ -83,7 +83,8 @@ def run(run: Run) -> Result:
     single = setting.base is None or lanes == 1
     check(single, argument="num_seeds", value=lanes, rule="a pretrained model is trained once a run")
     keys = jnp.broadcast_to(run.keys[None], (run.num_sweep, run.num_seeds)).reshape(-1)
-    hparams = FinetuneHParams(*(jnp.repeat(jnp.asarray(value), run.num_seeds) for value in run.hparams))
+    lane_values: Any = [jnp.repeat(jnp.asarray(value), run.num_seeds) for value in run.hparams]
+    hparams: Any = FinetuneHParams(*lane_values)
     advance = functools.partial(_advance, setting=setting, config=config, keys=keys, hparams=hparams)
     before = run.stage("before", lambda: {"held_out": _score(_init(keys, hparams, setting, config), setting)})
     state = run.loop(
@@ -118,7 +119,8 @@ def _prepare(run: Run) -> _Setting:
     lora = lm.LoraConfig(rank=config.lora_rank, alpha=2.0 * config.lora_rank) if config.lora_rank else None
     if config.model:
         pretrained = lm.load_pretrained(config.model)
-        model, tokenizer, base = pretrained.model, pretrained.tokenizer, pretrained.params
+        model, base = pretrained.model, pretrained.params
+        tokenizer: Any = pretrained.tokenizer
         named = tokenizer is not None
         check(named, argument="model", value=config.model, rule="holds no tokenizer", remedy="Add its tokenizer.json")
         tokens = tokenizer.encode(data.decode("utf-8", errors="replace"))
@@ -140,7 +142,7 @@ def _prepare(run: Run) -> _Setting:
 
 
 def _optimizer(hparams: FinetuneHParams, num_steps: int) -> optax.GradientTransformation:
-    def rate(step: jax.Array) -> jax.Array:
+    def rate(step: Any) -> jax.Array:
         return hparams.learning_rate * jnp.minimum(1.0, (step + 1) / max(1, num_steps // 10))
 
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=hparams.weight_decay))

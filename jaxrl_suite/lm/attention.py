@@ -6,7 +6,7 @@ itself a scan that is linear in the cotangent, and JAX can transpose it again (i
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -204,7 +204,7 @@ def _scores(plan: _Plan, q: Array, k: Array, places: _Places, i: Array, j: Array
     return jnp.where(visible.reshape(scores.shape), scores, jnp.asarray(_HIDDEN, dtype))
 
 
-def _pairs(plan: _Plan) -> tuple[np.ndarray, np.ndarray]:
+def _pairs(plan: _Plan) -> Any:
     pairs = np.asarray(plan.pairs, np.int32)
     return pairs[:, 0], pairs[:, 1]
 
@@ -214,7 +214,7 @@ def _forward_one(plan: _Plan, arrays: tuple[Array, Array, Array], places: _Place
     n, rows, width = q.shape
     dtype = wide(q.dtype)
 
-    def step(carry: tuple[Array, Array, Array], pair: tuple[Array, Array]):
+    def step(carry: Any, pair: Any):
         best, total, output = carry
         i, j = pair
         scores = _scores(plan, q, k, places, i, j)
@@ -247,7 +247,7 @@ def _backward_one(plan: _Plan, arrays: tuple[Array, ...], places: _Places) -> tu
     def product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
         return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=dtype)
 
-    def step(carry: tuple[Array, Array, Array], pair: tuple[Array, Array]):
+    def step(carry: Any, pair: Any):
         dq, dk, dv = carry
         i, j = pair
         weights = jnp.exp(_scores(plan, q, k, places, i, j) - normaliser[i][:, None])

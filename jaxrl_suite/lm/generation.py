@@ -148,7 +148,9 @@ def left_pad(rows: list[list[int]], *, pad_token: int = 0, length: int | None = 
     return prompts, mask
 
 
-def check_prompts(prompts: Array, mask: Array, row_ids: Array, vocab_size: int) -> None:
+def check_prompts(
+    prompts: Array | np.ndarray, mask: Array | np.ndarray, row_ids: Array | np.ndarray, vocab_size: int
+) -> None:
     """Refuses shapes that do not fit and, where values are known, masks that are not left-padded.
 
     Raises:

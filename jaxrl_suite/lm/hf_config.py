@@ -45,7 +45,7 @@ def config_from_hf(values: Mapping[str, Any], *, where: str, tensors: Set[str] |
     tied = values.get("tie_word_embeddings")
     if tied is None:
         tied = tensors is not None and "lm_head.weight" not in tensors
-    fields = {
+    fields: dict[str, Any] = {
         "family": family,
         "vocab_size": values["vocab_size"],
         "width": values["hidden_size"],
@@ -249,7 +249,7 @@ def config_from_gguf(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int
     known = ", ".join(_GGUF_FAMILIES)
     ok = architecture in _GGUF_FAMILIES
     check(ok, argument=f"{where}: general.architecture", value=architecture, rule=f"unsupported; must be {known}")
-    family = _GGUF_FAMILIES[architecture]
+    family = _GGUF_FAMILIES[str(architecture)]
 
     def get(name: str, default: Any = None) -> Any:
         value = metadata.get(f"{architecture}.{name}", default)
@@ -267,7 +267,7 @@ def config_from_gguf(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int
     heads, width = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", width // heads)
     experts = get("expert_count", 0)
-    fields = {
+    fields: dict[str, Any] = {
         "family": "mixtral" if family == "llama" and experts else family,
         "vocab_size": shapes["token_embd.weight"][0],
         "width": width,

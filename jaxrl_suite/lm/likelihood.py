@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens, without ever holding logits for all of them."""
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -158,8 +158,9 @@ def _weighted_forward(size: int, h: Array, table: Array, tokens: Array, weights:
         d_table = d_table + jax.lax.dot_general(d_logits, rows, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
         return (total, d_table), (d_rows.astype(rows.dtype), log_prob)
 
-    start = jnp.zeros((), dtype), jnp.zeros(table.shape if gradients else (), dtype)
-    (total, d_table), kept = jax.lax.scan(step, start, _chunks(size, h, tokens, weights))
+    start: Any = jnp.zeros((), dtype), jnp.zeros(table.shape if gradients else (), dtype)
+    carry, parts = jax.lax.scan(step, start, _chunks(size, h, tokens, weights))
+    (total, d_table), kept = carry, cast(Any, parts)
     if not gradients:
         return total, None
     d_rows, log_prob = (part.reshape(-1, *part.shape[2:])[: h.shape[0]] for part in kept)

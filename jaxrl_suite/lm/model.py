@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_suite.lm.cache import DecodeParams, decode_params, decoder_law
 from jaxrl_suite.lm.config import LanguageModelConfig
@@ -72,10 +73,10 @@ def generate(
     key: PRNGKey,
     model: LanguageModel,
     params: Params | DecodeParams,
-    prompts: Array,
-    mask: Array,
+    prompts: Array | np.ndarray,
+    mask: Array | np.ndarray,
     *,
-    row_ids: Array,
+    row_ids: Array | np.ndarray,
     sampling: Sampling,
     loop: Loop = "while",
     unrolled: bool | None = None,

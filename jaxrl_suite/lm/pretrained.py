@@ -170,7 +170,7 @@ def _load_leaf(
     dtype: np.dtype,
     sharding: Sharding | None,
 ) -> jax.Array:
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         bounds = [axis.indices(size)[:2] for axis, size in zip(index, shape)]
         part = _aligned_empty(tuple(stop - start for start, stop in bounds), dtype)
         for piece in pieces:

@@ -69,6 +69,9 @@ class Tokenizer:
     def render(self, turns: Sequence[Mapping[str, str]], *, generation_prompt: bool = True) -> str:
         """Text of a conversation by the chat template.
 
+        Without ``jinja2`` a template of the ChatML kind is written as plain ChatML, so that a default system message
+        which the template may add is left out.
+
         Args:
             turns: ``{"role": ..., "content": ...}`` in order.
             generation_prompt: end with the opening of the assistant's answer.
@@ -80,7 +83,7 @@ class Tokenizer:
         rule, remedy = "the model has none", "Give a plain prompt"
         check(self.chat_template is not None, argument="chat_template", value=None, rule=rule, remedy=remedy)
         try:
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
+            from jinja2.sandbox import ImmutableSandboxedEnvironment  # pyrefly: ignore[missing-import]
         except ImportError as error:
             if _CHATML not in str(self.chat_template):
                 raise ImportError("Chat templates need jinja2. Remedy: python -m pip install jinja2") from error
