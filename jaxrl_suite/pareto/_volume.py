@@ -24,18 +24,26 @@ from jaxrl_suite.types import Array
 _BLOCK = 8
 
 
-def _above(values: Array) -> Array:
-    """Bool [N, N, B]: entry (i, j) says that point j precedes point i by falling value; ties go to the lower index."""
-    index = jnp.arange(values.shape[0])
-    earlier = (index[None, :] < index[:, None])[..., None]
-    mine, other = values[:, None, :], values[None, :, :]
-    return (other > mine) | ((other == mine) & earlier)
-
-
 def _exposed_length(x: Array, y: Array) -> Array:
-    """Length [N, B] of the part of each top edge [0, x_i] at height y_i that no point above covers."""
-    covered = jnp.max(jnp.where(_above(y), x[None, :, :], 0), axis=1)
-    return jnp.maximum(x - covered, 0)
+    """Length [N, B] of the part of each top edge [0, x_i] at height y_i that no point above covers.
+
+    Of two equally high points the one with the lower index lies above.
+    """
+    block = min(_BLOCK, x.shape[0])
+    padding = -x.shape[0] % block
+    xs, ys = (jnp.pad(values, ((0, padding), (0, 0))) for values in (x, y))
+    row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+
+    def cover(step: Array, covered: Array) -> Array:
+        widths, heights = (jax.lax.dynamic_slice_in_dim(v, step * block, block) for v in (xs, ys))
+        for k in range(block):
+            height = heights[k][None, :]
+            above = (height > y) | ((height == y) & (step * block + k < row))
+            candidate = jnp.where(above, widths[k][None, :], 0)
+            covered = jnp.where(candidate > covered, candidate, covered)
+        return covered
+
+    return jnp.maximum(x - jax.lax.fori_loop(0, (x.shape[0] + padding) // block, cover, jnp.zeros_like(x)), 0)
 
 
 def _take(values: Array, order: Array) -> Array:
