@@ -6,4 +6,25 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
         "default": {"num_files": 60, "num_rates": 401},
         "paper": {"num_files": 150, "num_rates": 2001},
     },
+    "source_coding": {
+        "smoke": {"num_rates": 61},
+        "default": {},
+        "paper": {"num_rates": 901},
+    },
+    "coding_game": {
+        "smoke": {
+            "num_messages": 32,
+            "num_episodes": 60,
+            "log_temperatures": (-5.0, -4.0),
+            "compressions": (1.0, 3.0),
+            "horizon": 60,
+        },
+        "default": {},
+        "paper": {
+            "log_temperatures": (-6.0, -5.5, -5.0, -4.5, -4.0, -3.5, -3.0),
+            "compressions": (1.0, 1.5, 2.0, 3.0, 5.0, 9.0),
+            "horizon": 600,
+            "num_episodes": 1000,
+        },
+    },
 }

@@ -17,6 +17,7 @@ from jaxrl_suite.coupling.ebim import Encoder, code_at_rate, code_of_step, rate_
 from jaxrl_suite.coupling.greedy import greedy_coupling, normalise
 from jaxrl_suite.coupling.partitions import LARGEST_ALPHABET, code_of_labels, encoder_of_labels, partitions
 from jaxrl_suite.coupling.quantizers import lpt_labels
+from jaxrl_suite.coupling.sorting import sorted_masses
 from jaxrl_suite.coupling.sparse import SparseCoupling, as_laws, check_law, check_rate, is_law
 from jaxrl_suite.distributions import entropy
 from jaxrl_suite.types import Array
@@ -141,7 +142,7 @@ def _decoder_aware_labels(p_x: Array, p_y: Array, rate: Array, num_starts: int =
 def _starting_labels(p_x: Array, p_y: Array, rate: Array) -> Array:
     """Candidates, int32 [C, N]: the greedy map at the rate, other maps of the path, packings, packing into Y."""
     size = p_x.shape[0]
-    ranked = jnp.sort(p_x, descending=True)
+    ranked = sorted_masses(p_x)
     positions = jnp.arange(0, 2 * size - 1, max(1, (2 * size - 1) // 32))
     path = jax.vmap(lambda position: code_of_step(p_x, p_x, ranked, position)[0])(positions)
     counts = jnp.unique(

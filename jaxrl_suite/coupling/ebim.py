@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_suite.coupling.greedy import normalise
+from jaxrl_suite.coupling.sorting import sorted_masses
 from jaxrl_suite.coupling.sparse import as_laws, check_law, check_rate, is_law
 from jaxrl_suite.distributions import entropy, entropy_terms
 from jaxrl_suite.types import Array
@@ -157,7 +158,7 @@ def _greedy(p: Array, rate: Array) -> Encoder:
 def code_at_rate(p: Array, rate: Array) -> tuple[Array, Array]:
     """Labels int32 [N] and code law [N] of the greedy map, for a valid ``p [N]`` and ``rate []``."""
     search = jax.lax.stop_gradient(p)
-    ranked = jnp.sort(search, descending=True)
+    ranked = sorted_masses(search)
     position = jnp.argmax(path_entropies(ranked) <= rate + rate_slack(p.dtype))
     return code_of_step(p, search, ranked, position)
 

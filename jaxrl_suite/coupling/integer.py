@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_suite.config import check
+from jaxrl_suite.coupling.sorting import sort_descending
 from jaxrl_suite.coupling.sparse import as_laws, check_law
 from jaxrl_suite.types import Array
 
@@ -31,18 +32,19 @@ def integer_masses(p: Array, *, total_bits: int = 30) -> Array:
     check(1 <= total_bits <= 30, argument="total_bits", value=total_bits, rule="must be in 1..30")
     (p,) = as_laws(p)
     check_law("p", p)
-    return _round(p, total_bits)
+    return round_masses(p, 1 << total_bits)
 
 
-def _round(p: Array, total_bits: int) -> Array:
-    total = 1 << total_bits
+def round_masses(p: Array, total: Array | int) -> Array:
+    """Counts int32 [N] of the given total in proportion to ``p [N]``; the total may be traced, at most ``2 ** 30``."""
     p = jax.lax.stop_gradient(p)
-    scaled = p / jnp.sum(p) * total
+    total = jnp.asarray(total, jnp.int32)
+    scaled = p / jnp.sum(p) * total.astype(p.dtype)
     counts = jnp.floor(scaled).astype(jnp.int32)
-    fraction = jnp.where(p > 0, scaled - jnp.floor(scaled), -1.0)
-    order = jnp.argsort(-fraction, stable=True)
-    rank = jnp.zeros_like(counts).at[order].set(jnp.arange(p.shape[0], dtype=jnp.int32))
+    fraction = jnp.where(p > 0, scaled - jnp.floor(scaled), jnp.zeros_like(p))
+    _, order = sort_descending(fraction)
     missing = total - jnp.sum(counts, dtype=jnp.int32)
+    rank = jnp.zeros_like(counts).at[order].set(jnp.arange(p.shape[0], dtype=jnp.int32), unique_indices=True)
     counts = counts + ((rank < missing) & (p > 0)).astype(jnp.int32)
     # Rounding of float32 sums may leave more than one unit a symbol, or take some back: the largest symbol has room.
     rest = total - jnp.sum(counts, dtype=jnp.int32)

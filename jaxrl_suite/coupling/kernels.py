@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl_suite.coupling.sorting import sort_descending
 from jaxrl_suite.coupling.tape import COLUMN, IDLE, ROW
 from jaxrl_suite.types import Array
 
@@ -102,65 +103,79 @@ def _outputs(steps: Steps) -> Steps:
 @batch_minor
 def plain_kernel(p: Array, q: Array) -> Steps:
     """Largest against largest, ties to the smallest index. ``p [N, B]``, ``q [M, B]`` to L = N + M - 1 steps."""
-    row_index, column_index, tolerance = _iota(p), _iota(q), residue(p, q)
+    size = max(p.shape[0], q.shape[0])
+    # Both sides in one array: half as many operations in the loop, which are short.
+    both = jnp.stack([jnp.pad(x, ((0, size - x.shape[0]), (0, 0))) for x in (p, q)], axis=1)  # [size, 2, B]
+    index, tolerance = _iota(both), residue(p, q)
 
-    def step(carry, _):
-        p, q = carry
-        a, row = _first_maximum(p, row_index)
-        b, column = _first_maximum(q, column_index)
-        weight, left_a, left_b, side = _settle(a, b, tolerance)
-        p = jnp.where(row_index == row, left_a, p)
-        q = jnp.where(column_index == column, left_b, q)
-        return (p, q), Steps(row, column, side, weight)
+    def step(left: Array, _) -> tuple[Array, tuple[Array, Array]]:
+        top = jnp.max(left, axis=0)  # [2, B]
+        where = jnp.min(jnp.where(left == top[None], index, size - 1), axis=0)
+        other = top[::-1]
+        used_up = (top <= other) | (jnp.abs(top - other) <= tolerance)
+        rest = jnp.where(used_up, jnp.zeros_like(top), top - other)
+        return jnp.where(index == where[None], rest[None], left), (top, where)
 
-    return _outputs(jax.lax.scan(step, (p, q), length=p.shape[0] + q.shape[0] - 1)[1])
-
-
-def sort_descending(p: Array) -> tuple[Array, Array]:
-    """Sorts the columns of ``p [N, B]``, ties by index: sorted masses and int32 order, both ``[N, B]``."""
-    integer = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[p.dtype.itemsize]
-    # The bits of non-negative floats are in the order of the floats, and integers sort several times faster.
-    keys = -jax.lax.bitcast_convert_type(p, integer).T
-    keys, order = jax.lax.sort((keys, jax.lax.broadcasted_iota(jnp.int32, keys.shape, 1)), num_keys=1, is_stable=True)
-    return jax.lax.bitcast_convert_type(-keys.T, p.dtype), order.T
+    _, (tops, cells) = jax.lax.scan(step, both, length=p.shape[0] + q.shape[0] - 1)
+    weight, _, _, side = _settle(tops[:, :1], tops[:, 1:], tolerance[None])
+    return _outputs(Steps(cells[:, :1], cells[:, 1:], side, weight))
 
 
 @batch_minor
 def small_kernel(p: Array, q: Array) -> Steps:
     """As :func:`plain_kernel`, and bit for bit the same off ties, for M much smaller than N."""
-    (num_rows, batch), num_columns = p.shape, q.shape[0]
-    sorted_p, order = sort_descending(p)
-    sorted_p = jnp.concatenate([sorted_p, jnp.zeros((1, batch), p.dtype)])
-    column_index, tolerance = _iota(q), residue(p, q)
+    sorted_p, order = (x.T for x in sort_descending(p.T, exchanges=True))
+    steps = jax.tree.map(lambda x: x[:-1], small_steps(sorted_p, jnp.zeros_like(q[:1]), q))
+    rows = jnp.take_along_axis(order, jnp.minimum(steps.row, p.shape[0] - 1), axis=0)
+    return steps._replace(row=jnp.where(steps.side == IDLE, 0, rows))
+
+
+def small_steps(sorted_p: Array, extra: Array, q: Array) -> Steps:
+    """Steps of the small-alphabet kernel for rows that are sorted already.
+
+    Args:
+        sorted_p: [N, B], masses in descending order.
+        extra: [1, B], one more row that is out of order, named N; zero if there is none.
+        q: [M, B].
+
+    Returns:
+        N + M - 1 steps (N + M with the extra row), rows by rank.
+    """
+    (num_rows, batch), num_columns = sorted_p.shape, q.shape[0]
+    tolerance = residue(sorted_p, q)
+    sorted_p = jnp.concatenate([sorted_p, jnp.zeros((1, batch), q.dtype)])
+    # Slot j keeps what was left of the row that used up column j; columns are used up once. The last one is for the
+    # extra row.
+    slot_index = jax.lax.broadcasted_iota(jnp.int32, (num_columns + 1, batch), 0)
+    column_index = _iota(q)
 
     def step(carry, _):
         pointer, slots, owners, q = carry
         head = jnp.take_along_axis(sorted_p, pointer, axis=0)
-        kept, slot = _first_maximum(slots, column_index)
+        kept, slot = _first_maximum(slots, slot_index)
         from_slot = kept > head  # only when strictly larger: the order of ties of the plain kernel off ties of slots
-        owner = jnp.max(jnp.where(column_index == slot, owners, 0), axis=0, keepdims=True)
+        owner = jnp.max(jnp.where(slot_index == slot, owners, 0), axis=0, keepdims=True)
         rank = jnp.where(from_slot, owner, pointer)
         b, column = _first_maximum(q, column_index)
         weight, left_a, left_b, side = _settle(jnp.where(from_slot, kept, head), b, tolerance)
         q = jnp.where(column_index == column, left_b, q)
-        # The column that was just used up has never held its slot while alive: slots are named by columns.
         target = jnp.where(from_slot, slot, column)
-        slots = jnp.where(column_index == target, left_a, slots)
-        owners = jnp.where(column_index == target, rank, owners)
+        slots = jnp.where(slot_index == target, left_a, slots)
+        owners = jnp.where(slot_index == target, rank, owners)
         pointer = jnp.where(from_slot | (side == IDLE), pointer, pointer + 1)
         return (pointer, slots, owners, q), Steps(rank, column, side, weight)
 
-    start = (jnp.zeros((1, batch), jnp.int32), jnp.zeros_like(q), jnp.zeros(q.shape, jnp.int32), q)
-    steps = _outputs(jax.lax.scan(step, start, length=num_rows + num_columns - 1)[1])
-    rows = jnp.take_along_axis(order, jnp.minimum(steps.row, num_rows - 1), axis=0)
-    return steps._replace(row=jnp.where(steps.side == IDLE, 0, rows))
+    slots = jnp.concatenate([jnp.zeros_like(q), extra])
+    owners = jnp.where(slot_index == num_columns, num_rows, 0)
+    start = (jnp.zeros((1, batch), jnp.int32), slots, owners, q)
+    return _outputs(jax.lax.scan(step, start, length=num_rows + num_columns)[1])
 
 
 @batch_minor
 def zero_kernel(p: Array, q: Array) -> Steps:
     """Closest against closest: pairs the two masses of least difference, O(N + M) a step."""
     num_rows, tolerance = p.shape[0], residue(p, q)
-    values, owners = sort_descending(jnp.concatenate([p, q]))
+    values, owners = (x.T for x in sort_descending(jnp.concatenate([p, q]).T))
     index = _iota(values)
 
     def shift(x: Array, by: int) -> Array:

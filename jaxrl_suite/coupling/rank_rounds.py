@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_suite.coupling.kernels import Steps, residue
+from jaxrl_suite.coupling.sorting import sort_descending
 from jaxrl_suite.coupling.tape import COLUMN, IDLE, ROW
 from jaxrl_suite.types import Array
 
@@ -43,11 +44,20 @@ def _pair(p: Array, q: Array) -> Steps:
     names = [jnp.arange(x.shape[0], dtype=jnp.int32) for x in (p, q)]
     start = _Round(_sorted(_Side(p, names[0])), _sorted(_Side(q, names[1])), jnp.zeros((), jnp.int32), steps)
 
-    def unfinished(state: _Round) -> Array:
-        return (state.rows.masses[0] > 0) & (state.columns.masses[0] > 0)
+    state = start
+    while True:
+        # Symbols that are used up sink to the end; when few are left, the rest of the rounds sort shorter arrays.
+        short = width // 2 if width >= 256 else 0
 
-    steps = jax.lax.while_loop(unfinished, lambda state: _round(state, width, tolerance), start).steps
-    return jax.tree.map(lambda x: x[:length], steps)
+        def unfinished(state: _Round, short: int = short) -> Array:
+            alive = (state.rows.masses[0] > 0) & (state.columns.masses[0] > 0)
+            return alive & ((state.rows.masses[short] > 0) | (state.columns.masses[short] > 0))
+
+        state = jax.lax.while_loop(unfinished, lambda state, w=width: _round(state, w, tolerance), state)
+        if short == 0:
+            return jax.tree.map(lambda x: x[:length], state.steps)
+        rows, columns = (_Side(*(x[:short] for x in side)) for side in (state.rows, state.columns))
+        state, width = state._replace(rows=rows, columns=columns), short
 
 
 def _round(state: _Round, width: int, tolerance: Array) -> _Round:
@@ -83,10 +93,5 @@ def _before(left: Array) -> Array:
 
 
 def _sorted(side: _Side) -> _Side:
-    if jnp.issubdtype(side.masses.dtype, jnp.integer):
-        keys, names = jax.lax.sort((-side.masses, side.names), num_keys=1)
-        return _Side(-keys, names)
-    # The bits of non-negative floats are in the order of the floats, and integers sort several times faster.
-    integer = {4: jnp.int32, 8: jnp.int64}[side.masses.dtype.itemsize]
-    keys, names = jax.lax.sort((-jax.lax.bitcast_convert_type(side.masses, integer), side.names), num_keys=1)
-    return _Side(jax.lax.bitcast_convert_type(-keys, side.masses.dtype), names)
+    masses, order = sort_descending(side.masses)
+    return _Side(masses, side.names[order])

@@ -24,6 +24,7 @@ from jaxrl_suite.config import check
 from jaxrl_suite.coupling.ebim import code_of_step, path_entropies, rate_slack
 from jaxrl_suite.coupling.greedy import normalise
 from jaxrl_suite.coupling.partitions import code_of_labels
+from jaxrl_suite.coupling.sorting import sorted_masses
 from jaxrl_suite.coupling.sparse import as_laws, check_law, check_rate, is_law
 from jaxrl_suite.distributions import entropy, entropy_terms
 from jaxrl_suite.types import Array
@@ -108,7 +109,7 @@ def _refine(p: Array, rate: Array, bases: Array | None) -> StochasticEncoder:
 
 def _neighbours(p: Array, rate: Array) -> Array:
     """Labels ``[2, N]`` of the first map of the path that fits the rate, and of the one before it."""
-    ranked = jnp.sort(p, descending=True)
+    ranked = sorted_masses(p)
     below = jnp.argmax(path_entropies(ranked) <= rate + rate_slack(p.dtype))
     labels = [code_of_step(p, p, ranked, position)[0] for position in (below, jnp.maximum(below - 1, 0))]
     return jnp.stack(labels)

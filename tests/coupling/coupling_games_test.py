@@ -1,0 +1,172 @@
+"""Markov coding games: laws of a step, play and replay, baselines, exact enumeration."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_suite.coupling.games import CodingGame, enumerate_game, play, step_code, update_belief
+from jaxrl_suite.envs.rate_grid import RateGridConfig, next_state, rate_grid, soft_policy
+from jaxrl_suite.mdp import soft_backward_induction
+from tests.reference import coupling_game as oracle
+from tests.reference.coupling_greedy import argmax_greedy
+
+_GRID = RateGridConfig(layout=("S...", ".#..", "...T", "...G"), horizon=40)
+
+
+def world(temperature):
+    grid = rate_grid(_GRID)
+    return CodingGame(
+        soft_policy(grid, temperature),
+        lambda key, state, action: next_state(key, grid, state, action),
+        grid.entry_reward,
+        grid.terminal,
+        grid.start,
+    )
+
+
+@pytest.fixture(scope="module")
+def game():
+    return world(0.1)
+
+
+@pytest.mark.parametrize("encoder", ["greedy", "uniform_fixed", "uniform_adaptive"])
+def test_actions_follow_the_policy_whatever_is_said(encoder, x64):
+    """Property 19: averaged over messages the action law is the policy, to 1e-12."""
+    rng = np.random.default_rng(0)
+    beliefs, laws = rng.dirichlet(np.ones(24), size=30), rng.dirichlet(np.ones(4), size=30)
+    codes = jax.jit(jax.vmap(lambda b, p: step_code(b, p, jnp.asarray(1.7), encoder)))(beliefs, laws)
+    np.testing.assert_allclose(np.einsum("bn,bna->ba", beliefs, codes.given), laws, atol=1e-12)
+    np.testing.assert_allclose(codes.given.sum(-1), 1.0, atol=1e-9)
+    for belief, labels in zip(beliefs, np.asarray(codes.labels)):
+        mass = np.bincount(labels, weights=belief)
+        mass = mass[mass > 0]
+        assert -(mass * np.log2(mass)).sum() <= 1.7 + 1e-9
+
+
+def test_belief_update():
+    belief = update_belief(jnp.array([0.5, 0.25, 0.25]), jnp.array([0.5, 1.0, 0.0]))
+    np.testing.assert_allclose(belief, [0.5, 0.5, 0.0])
+    np.testing.assert_allclose(update_belief(belief, jnp.zeros(3)), belief)
+
+
+@pytest.fixture(scope="module")
+def played(game):
+    messages = jax.random.randint(jax.random.key(1), (600,), 0, 16)
+    options = {"num_messages": 16, "horizon": 40, "num_lanes": 64}
+    runs = {rate: play(jax.random.key(2), game, messages, rate, **options) for rate in (0.0, 1.0, 4.0)}
+    return game, messages, options, runs
+
+
+def test_accuracy_and_reward(played):
+    """Properties 19 and 20: 1/|M| at rate 0, more with the rate, and the reward does not move."""
+    _, messages, _, runs = played
+    accuracy = {rate: float((e.decoded == messages).mean()) for rate, e in runs.items()}
+    assert accuracy[0.0] == pytest.approx(1 / 16, abs=0.04)
+    assert accuracy[4.0] >= accuracy[1.0] - 0.02 > 0.5
+    rewards = np.array([np.asarray(e.rewards) for e in runs.values()])
+    spread = 3 * np.sqrt(2) * rewards.std() / np.sqrt(600)
+    assert np.ptp(rewards.mean(1)) <= spread
+    truth = np.asarray(runs[4.0].truth).mean(0)
+    assert truth[0] > 1 / 16
+    assert (np.diff(truth) >= -0.02).all()  # a submartingale on average
+
+
+def test_receiver_replays_the_trajectory(played):
+    """Property 20: from states and actions alone the receiver's beliefs are the sender's, bit for bit."""
+    game, messages, options, runs = played
+    sent = runs[1.0]
+    read = play(jax.random.key(9), game, messages, 1.0, replay=sent.trajectories, **options)
+    np.testing.assert_array_equal(read.truth, sent.truth)
+    np.testing.assert_array_equal(read.decoded, sent.decoded)
+    np.testing.assert_array_equal(read.rewards, sent.rewards)
+
+
+def test_episodes_are_whole(played):
+    """Every step leads to a successor; an episode ends in a terminal cell or at the horizon; few steps are masked."""
+    game, _, _, runs = played
+    states, actions, lengths = (np.asarray(x) for x in runs[1.0].trajectories)
+    successors, terminal = np.asarray(rate_grid(_GRID).mdp.successors), np.asarray(game.terminal)
+    for row, length in enumerate(lengths):
+        assert terminal[states[row, length]] or length == 40
+        for t in range(length):
+            assert states[row, t + 1] in successors[states[row, t], actions[row, t]]
+            assert not terminal[states[row, t]]
+    assert 0 <= float(runs[1.0].masked) < 0.4
+
+
+def test_actions_pass_a_chi_square_test(played):
+    """Property 19: frequencies at the start cell against the policy, the message unknown."""
+    from scipy import stats
+
+    game, _, _, runs = played
+    first = np.concatenate([np.asarray(e.trajectories.actions[:, 0]) for e in runs.values()])
+    expected = np.asarray(game.policy[int(game.start)], float)
+    expected = expected / expected.sum() * len(first)
+    assert stats.chisquare(np.bincount(first, minlength=4), expected).pvalue > 1e-3
+
+
+def test_agrees_with_the_numpy_game(played):
+    """Reference: accuracy, reward and length of a NumPy simulation within its own error."""
+    game, messages, _, runs = played
+    grid = rate_grid(_GRID)
+    policy = np.asarray(game.policy, float)
+    policy /= policy.sum(1, keepdims=True)
+    arrays = (policy, np.asarray(grid.mdp.successors), np.asarray(grid.mdp.transition, float))
+    rest = (np.asarray(game.reward), np.asarray(game.terminal), int(game.start))
+    rng = np.random.default_rng(4)
+    found = [
+        (*oracle.play_episode(rng, *arrays, *rest, int(m), 16, 1.0, 40, argmax_greedy), int(m)) for m in messages[:200]
+    ]
+    decoded, rewards, lengths, worst, truth = (np.array(x) for x in zip(*found))
+    assert worst.max() < 1e-9
+    ours = runs[1.0]
+    assert (decoded == truth).mean() == pytest.approx(float((ours.decoded == messages).mean()), abs=0.12)
+    assert rewards.mean() == pytest.approx(float(ours.rewards.mean()), abs=4 * rewards.std() / np.sqrt(200) + 0.02)
+    assert lengths.mean() == pytest.approx(float(ours.trajectories.lengths.mean()), rel=0.2)
+
+
+def test_fixed_bins_saturate(played):
+    """Property 21: two fixed bins of 16 messages tell at most 2/16; bins of the belief do better."""
+    game, messages, options, _ = played
+    fixed, adaptive = (
+        play(jax.random.key(3), game, messages, 1.0, encoder=f"uniform_{kind}", **options)
+        for kind in ("fixed", "adaptive")
+    )
+    assert float((fixed.decoded == messages).mean()) <= 2 / 16 + 0.05
+    assert float((adaptive.decoded == messages).mean()) > 0.5
+
+
+def test_code_grid_by_enumeration():
+    """Exact accuracy of a small CodeGrid: success as of the base policy, accuracy by rate, information below 2 bits."""
+    grid = rate_grid(RateGridConfig(layout=("S..", "...", "..G"), noise=0.0, horizon=5))
+    successors = grid.mdp.successors[:, :, 0]
+    policies = soft_backward_induction(grid.mdp, 0.2, horizon=5).policy.probs
+    arguments = (policies, successors, grid.entry_reward, grid.terminal, grid.start)
+    silent, full = (enumerate_game(*arguments, 4, rate) for rate in (0.0, 3.0))
+    assert float(silent.accuracy) == pytest.approx(1 / 4, abs=1e-5)
+    assert float(silent.information) == pytest.approx(0, abs=1e-4)
+    assert float(full.success) == pytest.approx(float(silent.success), abs=1e-4)
+    assert float(full.mean_reward) == pytest.approx(float(silent.mean_reward), abs=1e-4)
+    assert 0.8 < float(full.accuracy) <= 1 + 1e-5
+    assert 1.5 < float(full.information) <= 2 + 1e-5
+
+
+def test_soft_policy(x64):
+    """Property 22: greedy when cold, uniform when hot, and reward falls with the temperature."""
+    grid = rate_grid(_GRID)
+    assert float(soft_policy(grid, 1e-3).max(1)[~np.asarray(grid.terminal)].min()) > 0.45
+    # With an end of value zero a hot policy would rather stay; without one it is uniform.
+    endless = grid.replace(terminal=jnp.zeros_like(grid.terminal))
+    np.testing.assert_allclose(soft_policy(endless, 1e3), 0.25, atol=1e-2)
+    np.testing.assert_allclose(soft_policy(grid, 0.3)[np.asarray(grid.terminal)], 0.25, atol=1e-6)
+
+
+def test_bad_input(game):
+    messages = jnp.zeros((4,), jnp.int32)
+    with pytest.raises(ValueError, match="encoder"):
+        play(jax.random.key(0), game, messages, 1.0, num_messages=4, horizon=5, encoder="huffman")
+    with pytest.raises(ValueError, match="rate"):
+        play(jax.random.key(0), game, messages, -1.0, num_messages=4, horizon=5)
+    with pytest.raises(ValueError, match="one start"):
+        RateGridConfig(layout=("SS", ".G"))
