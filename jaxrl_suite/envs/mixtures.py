@@ -5,6 +5,8 @@ only in states that are hard to reach: the lock and the worlds with a weight a r
 RiverSwim, where every transition tells of every weight, are negative controls.
 """
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,34 @@ def from_kernels(
     return linear_mixture(
         np.moveaxis(features, 0, -1), successors, theta, start=start, nominal=nominal, normalise=normalise
     )
+
+
+def from_tables(
+    tables: np.ndarray | str | Path, theta: np.ndarray | None = None, *, start: int = 0
+) -> LinearMixtureMDP:
+    """A user's own world: kernels as an array, or an ``.npz`` with ``kernels`` and ``theta`` (``start``, ``nominal``).
+
+    Args:
+        tables: [D, S, A, S], or the path of the file.
+        theta: [D]; read from the file if None.
+        start: first state, unless the file says otherwise.
+
+    Returns:
+        The world, features normalised.
+
+    Raises:
+        ValueError: a name is missing in the file, or a row of the mixture is not a distribution (it is named).
+    """
+    nominal = None
+    if isinstance(tables, str | Path):
+        with np.load(tables) as stored:
+            missing = [name for name in ("kernels", "theta") if name not in stored]
+            check(not missing, argument="tables", value=str(tables), rule=f"the file lacks {missing}")
+            arrays = {name: stored[name] for name in stored.files}
+        tables, theta = arrays["kernels"], arrays["theta"] if theta is None else theta
+        start, nominal = int(arrays.get("start", start)), arrays.get("nominal")
+    check(theta is not None, argument="theta", value=theta, rule="is needed with kernels given as an array")
+    return from_kernels(tables, theta, start=start, nominal=nominal)
 
 
 def lock(

@@ -1,0 +1,119 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_suite.envs import mixtures
+from jaxrl_suite.envs.gymnasium_tables import gymnasium_world, play
+from jaxrl_suite.mdp import integrated_features
+from jaxrl_suite.reward_free import check_rewards, suboptimality
+from jaxrl_suite.reward_free.planning import plan_model, policy_values
+
+WORLDS = {
+    "lock": mixtures.lock,
+    "region_chain": mixtures.region_chain,
+    "hard": mixtures.hard_instance,
+    "riverswim": mixtures.riverswim,
+    "riverswim_regions": lambda: mixtures.riverswim(6, num_regions=3),
+    "double_chain": mixtures.double_chain,
+    "random_mixture": lambda: mixtures.random_mixture(jax.random.key(0)),
+    "gridworld": mixtures.gridworld,
+    "rooms": lambda: mixtures.gridworld(("Saabb", ".aabb"), rooms=True),
+    "tabular": lambda: mixtures.tabular_onehot(np.random.default_rng(0).dirichlet(np.ones(3), (3, 2))),
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_worlds_are_kernels_with_normalised_features(x64, name):
+    """Property 3: rows are distributions, ||phi_f|| <= 1 on random vertices, parameters within their bounds."""
+    world = WORLDS[name]()
+    for theta in (world.theta, world.nominal):
+        kernel = np.array(world.kernel(theta))
+        assert kernel.min() > -1e-9
+        np.testing.assert_allclose(kernel.sum(-1), 1.0, atol=1e-9)
+    vertices = np.random.default_rng(0).integers(0, 2, (50, world.num_states)).astype(float)
+    norms = jax.vmap(lambda f: jnp.max(jnp.linalg.norm(integrated_features(world, f), axis=-1)))(jnp.array(vertices))
+    assert name == "tabular" or float(norms.max()) <= 1 + 1e-9
+    assert float(jnp.linalg.norm(world.theta)) <= float(world.norm_bound) + 1e-9
+    assert float(jnp.linalg.norm(world.theta - world.nominal)) <= float(world.center_bound) + 1e-9
+
+
+def test_hard_instance_has_its_closed_form_value(x64):
+    """V* = (H - 1) / H (delta_0 + (D - 1) gap); w wrong signs lose exactly 2 gap w (H - 1) / H."""
+    world, horizon, gap = mixtures.hard_instance(4, gap=0.03), 8, 0.03
+    rewards = jnp.zeros((1, horizon, 3, 8)).at[0, :, 2].set(1 / horizon)
+    best = plan_model(world.kernel(), world.successors, world.start, rewards)
+    np.testing.assert_allclose(best.values[0], 7 / 8 * (1 / 6 + 3 * gap), atol=1e-12)
+    signs = np.array([1, -1, 1])
+    for action in range(8):
+        wrong = int(np.sum(2 * ((action >> np.arange(3)) & 1) - 1 != signs))
+        policy = jnp.full((1, horizon, 3), action)
+        loss = suboptimality(world, policy, rewards)[0]
+        np.testing.assert_allclose(loss, 2 * gap * wrong * 7 / 8, atol=1e-12)
+
+
+def test_frozen_lake_is_its_own_table_and_its_known_optimum(x64):
+    gymnasium = pytest.importorskip("gymnasium")
+    world = gymnasium_world("FrozenLake-v1", map_name="4x4", is_slippery=True)
+    table = gymnasium.make("FrozenLake-v1", map_name="4x4", is_slippery=True).unwrapped.P
+    kernel, mdp = np.array(world.mdp.kernel()), world.mdp
+    for state, action in ((0, 0), (1, 2), (6, 3), (14, 1)):
+        expected, found = np.zeros(16), np.zeros(16)
+        for probability, following, _, _ in table[state][action]:
+            expected[following] += probability
+        np.add.at(found, np.array(mdp.successors)[state, action], kernel[state, action])
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+    rewards = jnp.array(world.rewards)[None]
+    check_rewards(mdp, rewards)
+    planned = plan_model(mdp.kernel(), mdp.successors, mdp.start, rewards)
+    np.testing.assert_allclose(world.to_units(planned.values[0]), 0.7442, atol=1e-4)
+    returns = play(world, np.array(planned.actions[0]), 400, seed=1)
+    assert abs(returns.mean() - 0.7442) < 4 * (0.7442 * 0.2558 / 400) ** 0.5
+
+
+def test_cliff_in_its_own_units(x64):
+    """The optimum over 30 moves, moved back to the environment's units, is that of its own table."""
+    gymnasium = pytest.importorskip("gymnasium")
+    cliff = gymnasium_world("CliffWalking-v1", is_slippery=True, max_steps=30)
+    table = gymnasium.make("CliffWalking-v1", is_slippery=True).unwrapped.P
+    values = np.zeros(48)
+    for _ in range(30):
+        backed = [
+            max(sum(p * (r + (0 if end else values[j])) for p, j, r, end in row) for row in table[s].values())
+            for s in range(47)
+        ]
+        values = np.array([*backed, 0.0])
+    rewards = jnp.array(cliff.rewards)[None]
+    check_rewards(cliff.mdp, rewards)
+    planned = plan_model(cliff.mdp.kernel(), cliff.mdp.successors, cliff.mdp.start, rewards)
+    np.testing.assert_allclose(cliff.to_units(planned.values[0]), values[36], atol=1e-6)
+
+
+def test_unequal_kernels_are_refused_by_name():
+    kernels = np.zeros((2, 2, 1, 2))
+    kernels[:, :, 0, 0] = 1.0
+    kernels[1, 1, 0, 0] = 0.5
+    with pytest.raises(ValueError, match=r"theta: kernel\[1, 0\].*sums to 0\.75"):
+        mixtures.from_kernels(kernels, np.array([0.5, 0.5]))
+    with pytest.raises(ValueError, match="kernels"):
+        mixtures.from_kernels(kernels[0], np.array([1.0]))
+
+
+def test_values_of_the_lock_by_hand(x64):
+    """Two states: the right action leaves state 0 with probability 1 - p; two moves reach state 1 with 1 - p^2."""
+    world = mixtures.lock(2, 2, 1, stall=(0.3,))
+    rewards = jnp.zeros((1, 3, 2, 2)).at[0, 2, 1].set(1.0)
+    right = jnp.broadcast_to(jnp.array([1, 0]), (1, 3, 2))  # (3 s + 1) mod 2
+    value = policy_values(world.kernel(), world.successors, world.start, right, rewards)[0]
+    np.testing.assert_allclose(value, 1 - 0.3**2, atol=1e-12)
+
+
+def test_own_world_from_a_file(x64, tmp_path):
+    kernels = np.random.default_rng(3).dirichlet(np.ones(4), (3, 4, 2))
+    np.savez(tmp_path / "world.npz", kernels=kernels, theta=np.array([0.2, 0.3, 0.5]), start=2)
+    world = mixtures.from_tables(tmp_path / "world.npz")
+    np.testing.assert_allclose(world.kernel(), np.tensordot([0.2, 0.3, 0.5], kernels, axes=1), atol=1e-12)
+    assert int(world.start) == 2
+    np.savez(tmp_path / "broken.npz", kernels=kernels)
+    with pytest.raises(ValueError, match=r"lacks \['theta'\]"):
+        mixtures.from_tables(tmp_path / "broken.npz")
