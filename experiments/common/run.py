@@ -51,8 +51,9 @@ class Run:
         self.study, self.config, self.hparams, self.settings, self.workdir = study, config, hparams, settings, workdir
         self.preset, self.num_seeds = settings.preset, settings.num_seeds
         self.num_sweep = len(hparams[0]) if hparams is not None else 1
-        self.key = jax.random.key(settings.seed)
-        self.keys = jax.random.split(self.key, settings.num_seeds)
+        self.key, seeds = jax.random.split(jax.random.key(settings.seed))
+        # Repetition i draws the same whatever the number of repetitions.
+        self.keys = jax.vmap(jax.random.fold_in, (None, 0))(seeds, np.arange(settings.num_seeds))
         self._metrics_bytes = 0  # length of metrics.jsonl at the latest point that a resume can start from
         self._writer: metrics.MetricsWriter | None = None
         self._names: set[str] = set()
