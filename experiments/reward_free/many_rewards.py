@@ -83,9 +83,7 @@ def _front(world, found, config: ManyRewardsConfig) -> dict[str, np.ndarray]:
     for index, cell in enumerate(corners):
         objectives = objectives.at[index, :, cell].set(1.0 / config.horizon)
     weights = jnp.linspace(0.0, 1.0, config.num_weights)
-    mixed = (
-        weights[:, None, None, None, None] * objectives[0] + (1 - weights)[:, None, None, None, None] * objectives[1]
-    )
+    mixed = weights[:, None, None, None] * objectives[0] + (1 - weights)[:, None, None, None] * objectives[1]
     kernel, out = world.kernel(), {}
     for name, model in (("explored", found.model), ("exact", kernel)):
         actions = plan_model(model, world.successors, world.start, mixed).actions
