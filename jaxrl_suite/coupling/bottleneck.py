@@ -77,7 +77,7 @@ def mecb(p_x: Array, p_y: Array, rate: Array | float, *, search: Search = "paper
 
     >>> p_x, p_y = jnp.array([0.4, 0.3, 0.2, 0.1]), jnp.array([0.5, 0.5])
     >>> [round(float(mecb(p_x, p_y, 1.0, search=s).information), 3) for s in ("paper", "exact")]
-    [0.557, 1.0]
+    [0.396, 1.0]
     """
     check(search in _SEARCHES, argument="search", value=search, rule=f"must be one of {', '.join(_SEARCHES)}")
     p_x, p_y = as_laws(p_x, p_y)

@@ -79,8 +79,8 @@ def ebim_refine(p: Array, rate: Array | float, bases: Array | None = None) -> St
     References:
         Ebrahimi, Chen, Khisti 2024, arXiv 2410.21666, theorem 3.
 
-    >>> round(float(ebim_refine(jnp.array([0.7, 0.2, 0.1]), 0.8).information), 4)
-    0.7528
+    >>> round(float(ebim_refine(jnp.array([0.7, 0.2, 0.1]), 0.8).information), 3)  # ebim_greedy gives 0.469
+    0.701
     """
     (p,) = as_laws(p)
     rate = jnp.asarray(rate, p.dtype)

@@ -36,7 +36,7 @@ def weighted_ridge(
         Zhang, Zhang, Gu, 2023, arXiv 2303.10165, section on high-order moment estimation.
 
     >>> x = jnp.eye(2)
-    >>> weighted_ridge(x, jnp.array([2.0, 4.0]), jnp.ones(2), 1.0).tolist()
+    >>> weighted_ridge(x, jnp.array([2.0, 4.0]), jnp.ones(2), 1.0).round(4).tolist()
     [1.0, 2.0]
     """
     check(features.ndim == 2, argument="features", value=features.shape, rule="shape must be [N, D]")
