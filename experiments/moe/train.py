@@ -41,7 +41,7 @@ def build(folding: Any) -> tuple[Any, Any, Any]:
     from jaxrl_suite import lm, moe
     from jaxrl_suite.moe.partition import placements
 
-    options = {
+    options: dict[str, Any] = {
         "num_microbatches": FLAGS.num_microbatches or folding.pp,
         "dispatch": "drop_pad" if FLAGS.capacity_factor else "padded",
         "capacity_factor": FLAGS.capacity_factor or None,

@@ -70,11 +70,11 @@ def gymnasium_world(env_id: str, *, max_steps: int | None = None, fan_out: int =
     """
     env = _make(env_id, options)
     try:
-        table = getattr(env.unwrapped, "P", None)
+        table: Any = getattr(env.unwrapped, "P", None)
         check(table is not None, argument="env_id", value=env_id, rule="the environment has no transition table P")
         name = env_id.split("-")[0]
         check(name in _ORDERS, argument="env_id", value=env_id, rule=f"must be one of {', '.join(_ORDERS)}")
-        limit = max_steps or (env.spec.max_episode_steps if env.spec is not None else None)
+        limit: Any = max_steps or (env.spec.max_episode_steps if env.spec is not None else None)
         check(limit is not None, argument="max_steps", value=max_steps, rule=f"{env_id} has no time limit: give one")
         starts = np.asarray(env.unwrapped.initial_state_distrib, float)
     finally:

@@ -6,6 +6,7 @@ RiverSwim, where every transition tells of every weight, are negative controls.
 """
 
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ def from_tables(
         tables, theta = arrays["kernels"], arrays["theta"] if theta is None else theta
         start, nominal = int(arrays.get("start", start)), arrays.get("nominal")
     check(theta is not None, argument="theta", value=theta, rule="is needed with kernels given as an array")
-    return from_kernels(tables, theta, start=start, nominal=nominal)
+    return from_kernels(tables, cast(np.ndarray, theta), start=start, nominal=nominal)
 
 
 def lock(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import ArrayLike
 
 from jaxrl_suite.config import check
 from jaxrl_suite.mdp.bounds import parameter_bound
@@ -81,12 +82,12 @@ def integrated_features(mdp: LinearMixtureMDP, values: Array) -> Array:
 
 
 def linear_mixture(
-    features: Array,
-    successors: Array,
-    theta: Array,
+    features: ArrayLike,
+    successors: ArrayLike,
+    theta: ArrayLike,
     *,
     start: int = 0,
-    nominal: Array | None = None,
+    nominal: ArrayLike | None = None,
     normalise: bool = True,
     norm_bound: float | None = None,
     center_bound: float | None = None,

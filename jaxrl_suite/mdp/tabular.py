@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import ArrayLike
 
 from jaxrl_suite.config import check
 from jaxrl_suite.types import Array
@@ -39,7 +40,7 @@ class TabularMDP(struct.PyTreeNode):
 
 
 def tabular_mdp(
-    transition: Array, reward: Array, discount: float | Array = 0.99, successors: Array | None = None
+    transition: ArrayLike, reward: ArrayLike, discount: float | Array = 0.99, successors: ArrayLike | None = None
 ) -> TabularMDP:
     """Builds and checks a :class:`TabularMDP`; values are checked when they are concrete (not inside jit).
 
@@ -115,7 +116,7 @@ def check_kernel(transition: Array, name: str, *, tolerance: float | None = None
         )
 
 
-def check_successors(successors: Array, num_states: int) -> None:
+def check_successors(successors: ArrayLike, num_states: int) -> None:
     """Raises a ValueError that names the first entry of concrete successor lists that is not a state."""
     if isinstance(successors, jax.core.Tracer):
         return

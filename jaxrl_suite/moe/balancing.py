@@ -68,7 +68,8 @@ def load_balance_loss(
     kept = jnp.ones(probs.shape[:1], probs.dtype) if mask is None else mask.astype(probs.dtype)
     counts = expert_counts(experts, num_experts, mask).astype(probs.dtype)
     sums = (counts, jnp.sum(probs * kept[:, None], axis=0), jnp.sum(kept))
-    return balance_from_sums(*(reduce(part) for part in sums), top_k)
+    counts, prob_sums, num_tokens = (reduce(part) for part in sums)
+    return balance_from_sums(counts, prob_sums, num_tokens, top_k)
 
 
 def balance_from_sums(counts: Array, prob_sums: Array, num_tokens: Array, top_k: int) -> Array:
@@ -108,7 +109,8 @@ def sequence_balance_loss(
     one_hot = (experts[..., None] == jnp.arange(num_experts, dtype=experts.dtype)).astype(probs.dtype)
     counts = jnp.sum(one_hot * kept[..., None, None], axis=(1, 2))
     sums = (counts, jnp.sum(probs * kept[..., None], axis=1), jnp.sum(kept, axis=1))
-    return jnp.mean(balance_from_sums(*(reduce(part) for part in sums), top_k))
+    counts, prob_sums, num_tokens = (reduce(part) for part in sums)
+    return jnp.mean(balance_from_sums(counts, prob_sums, num_tokens, top_k))
 
 
 def z_loss(logits: Array, *, mask: Array | None = None, reduce: Callable[[Array], Array] = _same) -> Array:

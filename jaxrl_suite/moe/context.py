@@ -15,6 +15,8 @@ References:
 """
 
 import functools
+from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +107,7 @@ def ring_attend(
         if zigzag:
             parts.append(_zigzag_step(attend, q, positions, segments, held, me >= step))
         else:
-            parts.append(attend(q, *held[:2], positions, held[2], segments, held[3]))
+            parts.append(attend(q, held[0], held[1], positions, held[2], segments, held[3]))
     return merge_parts(parts).astype(q.dtype)
 
 
@@ -130,11 +132,11 @@ def _zigzag_step(attend, q: Array, positions: Array, segments: Array, held: tupl
     return tuple(jnp.concatenate([e, l], axis=1) for e, l in zip(early, late))
 
 
-def merge(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+def merge(parts: Sequence[tuple[Array, ...]]) -> tuple[Array, Array]:
     """Merges attention over disjoint keys: outputs [B, T, H, C] and log-normalisers [B, T, H] of each part."""
     normaliser = functools.reduce(jnp.logaddexp, [n for _, n in parts])
     wide = normaliser.dtype
-    output = sum(o.astype(wide) * jnp.exp(n - normaliser)[..., None] for o, n in parts)
+    output = cast(Array, sum(o.astype(wide) * jnp.exp(n - normaliser)[..., None] for o, n in parts))
     return output, normaliser
 
 

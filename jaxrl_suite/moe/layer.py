@@ -179,7 +179,7 @@ def _sequence_keep(experts: Array, weights: Array, batch: int, config: MoEConfig
     total = expert_capacity(
         ordered[0].shape[0], model.num_experts, model.experts_per_token, config.capacity_factor or 1
     )
-    keep = keep_by_capacity(*ordered, model.num_experts, total, config.drop_policy)
+    keep = keep_by_capacity(ordered[0], ordered[1], model.num_experts, total, config.drop_policy)
     keep = keep.reshape(batch, local * ranks, -1)[:, order]
     mine = jax.lax.dynamic_slice_in_dim(keep, axis_index(members) * local, local, axis=1)
     return mine.reshape(experts.shape), total

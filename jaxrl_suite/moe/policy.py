@@ -135,7 +135,7 @@ def _log_probs(params: Params, tokens: Array, segments: Array | None, *, config:
     inputs, segments = (jnp.pad(part, ((0, below), (0, right))) for part in (tokens, segments))
     batch = _batch_of(inputs, segments)
     layout = make_layout(config.replace(sharding="none"), folding)._replace(pp=())
-    spec = folding.spec("dp", "cp")
+    spec: Any = folding.spec("dp", "cp")
 
     def local(params: Params, batch: Batch) -> Array:
         params = vary(params, layout.mesh[1:])

@@ -1,7 +1,7 @@
 """The train step: five parallel dimensions in one manual ``shard_map``, AdamW on global arrays outside of it."""
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -137,9 +137,10 @@ def loss_and_gradients(
     places = placements(config, folding)
     stored = unflatten({path: place.stored for path, place in places.items()})
     gathers = {path: (place.gather, place.dim) for path, place in places.items() if place.gather}
-    tokens = folding.spec("dp", "cp")
-    whole = PartitionSpec()
-    parts_spec = ObjectiveParts(*(whole for _ in ObjectiveParts._fields))._replace(counts=PartitionSpec("pp"))
+    tokens: Any = folding.spec("dp", "cp")
+    whole: Any = PartitionSpec()
+    stages: Any = PartitionSpec("pp")
+    parts_spec = ObjectiveParts(*(whole for _ in ObjectiveParts._fields))._replace(counts=stages)
 
     rounds = config.virtual_stages
     if rounds > 1:  # stored arrays stay in layer order, so that checkpoints know nothing of schedules
@@ -229,7 +230,7 @@ def apply_gradients(
     scale = jnp.where((limit > 0) & (norm > limit), limit / jnp.maximum(norm, 1e-20), 1)
     gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
     direction, moments = _ADAM.update(gradients, moments)
-    leaves, updates = flatten(params), flatten(direction)
+    leaves, updates = flatten(params), flatten(cast(Params, direction))
     new = {}
     for path, value in leaves.items():
         if path.endswith("router_bias"):

@@ -167,7 +167,7 @@ def compile_gradients(config: MoEConfig, folding: Folding, problem: Problem) -> 
     return function.lower(state.params, problem.batch, config=config, folding=folding).compile(quick_compile()), state
 
 
-def quick_compile() -> dict[str, int]:
+def quick_compile() -> dict[str, Any]:
     """Compiler options that halve the compile time on a CPU; the collectives stay the same."""
     return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
 
