@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from experiments.common.run import Run
 
-EXPLORERS = {
+EXPLORERS: dict[str, dict[str, Any]] = {
     "hf_ucrl_rfe_pp": {},
     "widest_targets": {"targets": "widths"},
     "unweighted": {"algorithm": "unweighted"},
@@ -67,7 +67,7 @@ def run(run: "Run") -> Result:
     for name in config.worlds:
         errors = {explorer: arrays[f"{name}/{explorer}/value_error"].mean() for explorer in config.explorers}
         better = [explorer for explorer in config.explorers if errors[explorer] < errors[config.explorers[0]]]
-        summary[f"{name}/best_in_value_error"] = min(errors, key=errors.get)
+        summary[f"{name}/best_in_value_error"] = min(errors, key=errors.__getitem__)
         summary[f"{name}/ahead_of_{config.explorers[0]}"] = ", ".join(better) or "none"
         for explorer in config.explorers:
             for key in _MEASURES:

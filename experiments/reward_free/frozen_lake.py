@@ -154,7 +154,7 @@ def _draw_visits(arrays: Mapping[str, np.ndarray], name: str) -> "Figure":
                 axes.text(cell % size, cell // size, letter, ha="center", va="center", fontsize=10, weight="bold")
         axes.set(xticks=[], yticks=[], title=f"episode {last + 1}", xlabel=f"{np.count_nonzero(visits)} cells seen")
         axes.grid(False)
-    bar = figure.colorbar(image, ax=list(np.atleast_1d(panels)))
+    bar = figure.colorbar(cast(Any, image), ax=list(np.atleast_1d(panels)))
     bar.set_label("visits (log10)")
     return figure
 

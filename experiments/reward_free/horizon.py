@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from experiments.common.run import Run
 
-_KINDS = {
+_KINDS: dict[str, dict[str, Any]] = {
     "weighted": {},
     "unweighted": {"algorithm": "unweighted"},
     "widest_targets": {"targets": "widths"},

@@ -5,7 +5,7 @@ there. Here the parameter is the pooled estimate of both regressions, which keep
 iterate as output, and policy and reward are searched for (:mod:`jaxrl_suite.reward_free.search`).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +108,7 @@ def hf_episode(
 
     def ask() -> OracleAnswer:
         if config.algorithm == "hf_ucrl_vtr_plus":
-            return optimistic_plan(mdp, solved.theta[0, 0], solved.inverse[0, 0], radius[0], reward)
+            return optimistic_plan(mdp, solved.theta[0, 0], solved.inverse[0, 0], radius[0], cast(Array, reward))
         inverses = (solved.inverse[0, 0], solved.inverse[-1, 0])
         return ask_oracle(mdp, config, hparams, oracle_key, theta, inverses, radius, state.answer, state.statistics)
 
@@ -267,5 +267,7 @@ def _play(
 
 def _indicator_weights(features: Array, solved: RidgeFit, running: Array, radius: Array, sizes: Scales) -> Array:
     """Moment weights of an indicator f, whose powers are f: the variance is p (1 - p) from its own mean p."""
-    twice = [jnp.concatenate([x, x], axis=1) for x in (features, solved.theta, solved.inverse, running)]
-    return moment_weights(*twice, radius[:, None], sizes.floor, sizes.cutoff).weights[:, :1]
+    phi, theta, inverse, running = (
+        jnp.concatenate([x, x], axis=1) for x in (features, solved.theta, solved.inverse, running)
+    )
+    return moment_weights(phi, theta, inverse, running, radius[:, None], sizes.floor, sizes.cutoff).weights[:, :1]

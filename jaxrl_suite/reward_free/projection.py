@@ -50,7 +50,7 @@ def project_parameter(mdp: LinearMixtureMDP, theta: Array, gram: Array, *, num_i
     pull = jnp.matmul(gram, theta, precision="highest")
 
     def step(carry: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], None]:
-        _, slack, dual = carry
+        slack, dual = carry[1], carry[2]
         right = pull + penalty * jnp.matmul(stacked.T, slack - dual, precision="highest")
         point = cho_solve(factor, right)
         image = jnp.matmul(stacked, point, precision="highest")

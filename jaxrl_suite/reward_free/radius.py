@@ -55,7 +55,7 @@ def paper_radius(
     floor: Array,
     cutoff: Array,
     norm: Array,
-    delta: Array,
+    delta: Array | float,
 ) -> Array:
     """The radius of the theorem, ``12 sqrt(D eta tau) + 30 tau / gamma^2 + sqrt(lambda) B`` at episode k.
 

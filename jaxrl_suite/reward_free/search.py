@@ -7,7 +7,7 @@ derivative of the sweep is written by hand: one backward and one forward scan, o
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -167,8 +167,8 @@ def score_and_gradient(spec: SearchSpec, lanes: Lanes, logits: Array, scatter: A
     """
     rewards, path = pseudo_rewards(spec, lanes, logits, with_path=True)
     score, residuals = _sweep(spec, lanes, rewards, with_residuals=True)
-    gradient = _sweep_gradient(spec, lanes, residuals, scatter)
-    scale, visited = path
+    gradient = _sweep_gradient(spec, lanes, cast(_Residuals, residuals), scatter)
+    scale, visited = cast(tuple, path)
     # r = s / c with c = max(1, longest path of s), whose derivative is 1 along that path where c > 1.
     along = jnp.sum(gradient * rewards, axis=(0, 1)) * (scale > 1.0)
     gradient = (gradient - jnp.where(visited, along, 0.0)) / scale
@@ -182,7 +182,7 @@ def pseudo_rewards(spec: SearchSpec, lanes: Lanes, logits: Array, *, with_path: 
     shape = (spec.num_states, spec.num_actions, logits.shape[-1])
     mask = lanes.mask[..., None]
 
-    def back(totals: Array, step: Array) -> tuple[Array, Array]:
+    def back(totals: Array, step: Array) -> tuple[Array, tuple]:
         ahead = _fold(jnp.maximum, [jnp.where(mask[n], totals[lanes.successors[n]], 0.0) for n in range(mask.shape[0])])
         sums = step + ahead
         return jnp.max(sums.reshape(shape), axis=1), (sums if with_path else None, totals if with_path else None)

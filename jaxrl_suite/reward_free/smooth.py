@@ -3,7 +3,7 @@
 Slower than the greedy search and about as good; "full" is the one that maximises over theta as the paper writes it.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +151,8 @@ def _ascend(value, pull, point: _Point, rate: Array, num_steps: int) -> tuple[_P
         point, state, best, best_score = carry
         score, gradient = jax.value_and_grad(value)(point)
         best = jax.tree.map(lambda new, old: jnp.where(score > best_score, new, old), point, best)
-        updates, state = optimiser.update(gradient, state)
+        tree, state = optimiser.update(gradient, state)
+        updates = cast(_Point, tree)
         scaled = updates._replace(theta=0.02 * updates.theta)  # the parameter lives on a smaller scale than logits
         point = pull(jax.tree.map(lambda x, u: x + rate * u, point, scaled))
         return (point, state, best, jnp.maximum(score, best_score)), None
