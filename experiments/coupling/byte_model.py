@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.coupling.text_source import source_files
+from experiments.common.corpus import source_files
 from jaxrl_suite.types import Array, SequenceLaw
 
 CHARACTERS = "\n" + string.printable[:95].replace("\n", "")
@@ -35,7 +35,7 @@ def train(num_files: int, order_weight: float = 4.0) -> np.ndarray:
     """Log-probabilities ``[V * V, V]`` of a character given the two before, smoothed by that given the one before."""
     size = NUM_CHARACTERS
     three = np.zeros((size, size, size), np.float32)
-    for path in source_files(num_files):
+    for path in source_files()[:num_files]:
         tokens = np.array(encode(path.read_text(encoding="utf-8", errors="replace")))
         np.add.at(three, (tokens[:-2], tokens[1:-1], tokens[2:]), 1.0)
     two = three.sum(0) + 0.05

@@ -2,32 +2,19 @@
 
 import io
 import string
-import sysconfig
 import tokenize
-from pathlib import Path
 
 import numpy as np
 
+from experiments.common.corpus import source_files
+
 LETTERS = string.ascii_lowercase
-
-
-def source_files(num_files: int) -> list[Path]:
-    """The first modules of the standard library in alphabetical order, private ones and tests left out.
-
-    Raises:
-        FileNotFoundError: this Python ships no source text.
-    """
-    folder = Path(sysconfig.get_path("stdlib"))
-    files = sorted(path for path in folder.glob("*.py") if not path.name.startswith("_"))
-    if not files:
-        raise FileNotFoundError(f"no Python source in {folder}: this Python was installed without its library's text")
-    return files[:num_files]
 
 
 def letter_counts(num_files: int) -> tuple[np.ndarray, np.ndarray]:
     """Counts of a..z in names (code) and in comments and strings (prose), capitals as small letters, each ``[26]``."""
     code, prose = np.zeros(26, np.int64), np.zeros(26, np.int64)
-    for path in source_files(num_files):
+    for path in source_files()[:num_files]:
         text = path.read_text(encoding="utf-8", errors="replace")
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
             if token.type == tokenize.NAME:

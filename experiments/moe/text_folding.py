@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.common.corpus import source_bytes
 from experiments.common.run import Run
 from experiments.common.study import Result, Study
-from experiments.moe.corpus import standard_library_bytes, windows
+from experiments.moe.corpus import windows
 from experiments.moe.presets import PRESETS
 from jaxrl_suite import lm, moe
 from jaxrl_suite.config import Config, check, field
@@ -62,7 +63,7 @@ def run(run: Run) -> Result:
     """Trains the oracle, then every folding on the same batches, and compares step by step."""
     config: Any = run.config
     model = _model(config)
-    text = jnp.asarray(standard_library_bytes(config.num_bytes))
+    text = jnp.asarray(source_bytes(config.num_bytes))
     rate = float(np.asarray(run.hparams.learning_rate).reshape(-1)[0])
     curves = {"one device (oracle)": _train_oracle(run, config, model, text, rate)}
     names = [part.strip() for part in config.foldings.split(";") if part.strip()]

@@ -77,10 +77,10 @@ def read_tokens(tokenizer: Any) -> Any:
     """The training text as one array of tokens."""
     import numpy as np
 
-    from experiments.moe.corpus import standard_library_bytes
+    from experiments.common.corpus import source_bytes
 
     if not FLAGS.data:
-        raw = standard_library_bytes(1_000_000)
+        raw = source_bytes(1_000_000)
     else:
         raw = np.frombuffer(Path(FLAGS.data).read_bytes(), np.uint8)
     if tokenizer is None:
