@@ -14,6 +14,7 @@ one cast, once a step. Layers of the package, from the bottom:
 """
 
 from jaxrl_suite.lm import route
+from jaxrl_suite.moe.audit import audit
 from jaxrl_suite.moe.balancing import (
     expert_counts,
     load_balance_loss,
@@ -29,7 +30,10 @@ from jaxrl_suite.moe.folding import Folding, foldings, nearest_foldings
 from jaxrl_suite.moe.grouped import grouped_matmul
 from jaxrl_suite.moe.layer import LayerAxes, RouterSums, moe_layer
 from jaxrl_suite.moe.model import Batch, language_batch, next_token_loss
+from jaxrl_suite.moe.policy import policy, to_decode
 from jaxrl_suite.moe.train import TrainState, init_train_state, loss_and_gradients, state_from_params, train_step
+from jaxrl_suite.moe.upcycling import upcycle
+from jaxrl_suite.moe.verify import verify
 
 __all__ = [
     "MODES",
@@ -43,6 +47,7 @@ __all__ = [
     "MoEConfig",
     "RouterSums",
     "TrainState",
+    "audit",
     "check_folding",
     "dispatch",
     "expert_capacity",
@@ -59,11 +64,15 @@ __all__ = [
     "moe_layer",
     "nearest_foldings",
     "next_token_loss",
+    "policy",
     "rank_in_expert",
     "route",
     "sequence_balance_loss",
     "state_from_params",
+    "to_decode",
     "train_step",
+    "upcycle",
     "update_balance_bias",
+    "verify",
     "z_loss",
 ]
