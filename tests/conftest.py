@@ -1,4 +1,5 @@
 import os
+import tempfile
 
 # Before JAX starts: eight virtual CPU devices for the multi-device tests, and one persistent compilation cache.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -7,6 +8,10 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Notebooks (run by nbmake, in kernels that inherit this): small, and away from the checkout.
+os.environ.setdefault("JAXRL_PRESET", "smoke")
+os.environ.setdefault("JAXRL_ONLY", "coupling/rate_information,pareto/deep_sea_treasure")
+os.environ.setdefault("JAXRL_WORKDIR", os.path.join(tempfile.mkdtemp(prefix="jaxrl-notebook-"), "run"))
 
 import jax
 import pytest
