@@ -2,6 +2,7 @@
 
 from jaxrl_suite.testing.contracts import (
     Algorithm,
+    Loop,
     check_chunked_equals_whole,
     check_dtype_kept,
     check_gradients,
@@ -15,6 +16,7 @@ from jaxrl_suite.testing.tolerances import assert_close, tolerance
 
 __all__ = [
     "Algorithm",
+    "Loop",
     "assert_close",
     "check_chunked_equals_whole",
     "check_dtype_kept",

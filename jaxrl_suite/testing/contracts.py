@@ -42,6 +42,21 @@ class Algorithm(NamedTuple):
     vmap: bool = True
 
 
+class Loop(NamedTuple):
+    """One line of the list of algorithms that run for many steps.
+
+    Attributes:
+        name: dotted public name, for the test id.
+        init: ``init(key) -> state``, any pytree.
+        advance: ``advance(state, start, num_steps) -> state``; step t draws from ``fold_in(key, t)`` of a key in the
+            state or of its own.
+    """
+
+    name: str
+    init: Callable[[jax.Array], Any]
+    advance: Callable[[Any, int, int], Any]
+
+
 def check_jit_equals_eager(algorithm: Algorithm, key: jax.Array) -> None:
     """The compiled function returns what the same operations return one by one."""
     arguments = algorithm.example(key)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_suite import pareto
-from jaxrl_suite.testing import Algorithm
+from jaxrl_suite.testing import Algorithm, Loop
 
 K = 3
 
@@ -173,3 +173,24 @@ ALGORITHMS = [
         for name, (function, example, positions) in RULES.items()
     ],
 ]  # fmt: skip
+
+
+def _learn_weights(rule, key):
+    """A rule fed with signals of ``fold_in(key, t)``."""
+
+    def advance(state, start, num_steps):
+        for t in range(start, start + num_steps):
+            keys = jax.random.split(jax.random.fold_in(key, t), 2)
+            objectives, influence = jax.random.uniform(keys[0], (K,)), jax.random.normal(keys[1], (K,))
+            state, _ = rule.step(state, pareto.Signals(objectives=objectives, influence=influence))
+        return state
+
+    return advance
+
+
+_INFLUENCE = pareto.influence_weights(jnp.full(K, 1 / K), 0.1)
+_GAIN = pareto.hypervolume_gain_weights(jnp.full(K, 1 / K), capacity=4, reference=jnp.zeros(K))
+LOOPS = [
+    Loop("pareto.influence_weights", lambda key: _INFLUENCE.init(), _learn_weights(_INFLUENCE, jax.random.key(1))),
+    Loop("pareto.hypervolume_gain_weights", lambda key: _GAIN.init(), _learn_weights(_GAIN, jax.random.key(1))),
+]

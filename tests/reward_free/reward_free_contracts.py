@@ -1,5 +1,7 @@
 """The algorithms of mdp and reward_free for the list of contracts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -7,7 +9,7 @@ from jaxrl_suite import mdp as m
 from jaxrl_suite import reward_free as rf
 from jaxrl_suite.mdp import LinearMixtureMDP, TabularMDP
 from jaxrl_suite.reward_free.planning import plan_model
-from jaxrl_suite.testing import Algorithm
+from jaxrl_suite.testing import Algorithm, Loop
 
 _STATES, _ACTIONS, _DIMENSION, _HORIZON = 3, 2, 3, 2
 
@@ -129,3 +131,18 @@ ALGORITHMS = [
     Algorithm("reward_free.plan", plan_model, _plan_data, (0, 3), lambda out: jnp.sum(out.values)),
     Algorithm("reward_free.explore", _explore, _explore_data),
 ]
+
+
+_LOOP_CONFIG = rf.ExplorerConfig(horizon=_HORIZON, num_episodes=4, num_moments=2, ascent_steps=1, num_starts=1)
+
+
+def _init_explorer(key):
+    return rf.init_explorer(key, _mixture(jax.random.key(0)), _LOOP_CONFIG, rf.HParams())
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _advance_explorer(state, start, num_episodes):
+    return rf.advance(_mixture(jax.random.key(0)), _LOOP_CONFIG, rf.HParams(), state, start, num_episodes)[0]
+
+
+LOOPS = [Loop("reward_free.explore", _init_explorer, _advance_explorer)]
