@@ -52,7 +52,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def init_train_state(key: PRNGKey, config: MoEConfig, folding: Folding) -> TrainState:
-    """Initial state, the same numbers under every folding.
+    """Initial state, the same draws under every folding (XLA may round the last bit of a shard differently).
 
     Args:
         key: consumed.
