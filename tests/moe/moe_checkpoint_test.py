@@ -43,7 +43,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 
 def test_initial_parameters_do_not_depend_on_the_folding():
-    """The same draws; newer XLA rounds the inverse error function differently on shards, by one unit in the last place."""
+    """The same draws; newer XLA rounds the inverse error function of a shard differently in the last place."""
     states = [
         moe.init_train_state(jax.random.key(0), moe.MoEConfig(model=MODEL), moe.Folding.parse(text))
         for text in ("attention=dp1 experts=ep1", "attention=tp2.dp4 experts=ep4.edp2")
