@@ -87,7 +87,10 @@ ALGORITHMS = [
         lambda key: (jnp.zeros(E), counts_and_sums(key)[0]),
     ),
     Algorithm(
-        "moe.load_imbalance", moe.load_imbalance, lambda key: (counts_and_sums(key)[0] + 1,), differentiable=(0,)
+        "moe.load_imbalance",
+        moe.load_imbalance,
+        lambda key: (counts_and_sums(key)[0] + 1 + 0.1 * jnp.arange(E),),  # no ties: a maximum has no derivative there
+        differentiable=(0,),
     ),
     Algorithm(
         "moe.rank_in_expert",
