@@ -83,7 +83,7 @@ class Tokenizer:
         rule, remedy = "the model has none", "Give a plain prompt"
         check(self.chat_template is not None, argument="chat_template", value=None, rule=rule, remedy=remedy)
         try:
-            from jinja2.sandbox import ImmutableSandboxedEnvironment  # pyrefly: ignore[missing-import]
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError as error:
             if _CHATML not in str(self.chat_template):
                 raise ImportError("Chat templates need jinja2. Remedy: python -m pip install jinja2") from error
@@ -93,8 +93,8 @@ class Tokenizer:
             raise ValueError(f"chat_template: {message}")
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = refuse
-        return environment.from_string(self.chat_template).render(
+        return environment.from_string(str(self.chat_template)).render(
+            raise_exception=refuse,
             messages=[dict(turn) for turn in turns],
             add_generation_prompt=generation_prompt,
             bos_token=self._text(self.bos_token),
