@@ -52,6 +52,7 @@ def test_reasoning_gym_by_name():
         reasoning_gym_task("chain_sum", num_questions=1, no_such_setting=1)
 
 
+@pytest.mark.slow  # a whole training run; the tour runs the same study at smoke size
 def test_own_questions_and_own_reward(ten_questions, tmp_path, capsys):
     """As a new user would: own parquet, own reward function, train, look at the front; then resume what is finished."""
     rewards = tmp_path / "my_rewards.py"
