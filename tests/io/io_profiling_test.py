@@ -54,7 +54,7 @@ def test_peak_memory_is_what_the_system_says():
 
 
 def test_environment_says_enough_and_not_too_much(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/home/somebody/launch.py", "--seed=0", "--workdir=/home/somebody/runs/x", "a=b"])
+    monkeypatch.setattr(sys, "argv", ["/some/where/launch.py", "--seed=0", "--workdir=/some/where/runs/x", "a=b"])
     found = profiling.environment()
     assert json.loads(json.dumps(found)) == found
     assert found["argv"] == ["launch.py", "--seed=0", "--workdir=x", "a=b"]
