@@ -60,6 +60,8 @@ class Account(NamedTuple):
         tokens: number of tokens.
         bits: hidden bits, frame included.
         entropy_bits: sum of the entropies of the token laws in use.
+        surprisal_bits: sum of -log2 of the laws in use at the tokens that were written. Since the text determines the
+            message, p(message) p(text | message) = p(text), never less than the hidden bits.
         seconds: time of the loop, compilation included.
         coupling_kl: mean divergence of the coupling's token law from the law in use, bits a token.
         total_kl: mean divergence of the law in use from the model's full law, bits a token.
@@ -68,6 +70,7 @@ class Account(NamedTuple):
     tokens: int
     bits: int
     entropy_bits: float
+    surprisal_bits: float
     seconds: float
     coupling_kl: float
     total_kl: float
@@ -193,6 +196,7 @@ def run_channel(
     rate: float = math.inf,
     top_k: int = 40,
     max_tokens: int = 4000,
+    seed: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[int], bytes, Account]:
     """Sender (``frame`` given) or receiver (``tokens`` given): the same loop around the same program.
@@ -205,11 +209,12 @@ def run_channel(
     """
     if rate <= 0:
         raise HidingError(f"--rate={rate:g}: no bits pass. Choose a positive rate.")
-    began, key = time.perf_counter(), jax.random.key(int.from_bytes(os.urandom(4), "big"))
+    began = time.perf_counter()
+    key = jax.random.key(int.from_bytes(os.urandom(4), "big") if seed is None else seed)
     blocks, text = _Blocks(passphrase), []
     state, logits = _start(model.law, model.params, jnp.asarray([model.encode(prompt)], jnp.int32))
     top_k = min(top_k, logits.shape[-1])
-    entropy_bits = coupling_kl = total_kl = 0.0
+    entropy_bits = surprisal_bits = coupling_kl = total_kl = 0.0
     limit = max_tokens * 8
     while not blocks.done:
         if len(text) >= max_tokens:
@@ -234,6 +239,7 @@ def run_channel(
         )
         used = np.array(counts) / 2.0**30
         inside = used > 0
+        surprisal_bits -= math.log2(used[int(drawn)])
         entropy_bits -= float((used[inside] * np.log2(used[inside])).sum())
         total_kl += float((used[inside] * (np.log2(used[inside]) - log_probs[inside] / math.log(2))).sum())
         seen = np.array(law, float) / float(np.array(law, float).sum())
@@ -248,9 +254,9 @@ def run_channel(
     if tokens is not None and len(tokens) != len(text):
         raise HidingError("text goes on after its message: it was changed")
     found = bytes(blocks.settled[block] for block in range(len(blocks.settled)))
-    count = len(text)
+    count, seconds = len(text), time.perf_counter() - began
     account = Account(
-        count, 8 * len(found), entropy_bits, time.perf_counter() - began, coupling_kl / count, total_kl / count
+        count, 8 * len(found), entropy_bits, surprisal_bits, seconds, coupling_kl / count, total_kl / count
     )
     return text, found, account
 
@@ -262,15 +268,28 @@ def _position(names: np.ndarray, probs: np.ndarray, token: int) -> int:
     return int(where[0])
 
 
-def hide(model: TextModel, message: bytes, prompt: str, passphrase: str = "", **options: Any) -> tuple[str, Account]:
+def hide(
+    model: TextModel, message: bytes, prompt: str, passphrase: str = "", *, seed: int | None = None, **options: Any
+) -> tuple[str, Account]:
     """Text that carries a message. It is revealed once before it is returned; a draw that fails is drawn again.
+
+    Args:
+        model: language model and tokenizer.
+        message: what to hide.
+        prompt: text before the text.
+        passphrase: shared secret.
+        seed: makes the text reproducible, for tests; by default salt and draws come from the operating system. Two
+            messages under one seed and passphrase share their key stream, which gives both away.
+        options: of :func:`run_channel`.
 
     Raises:
         HidingError: the message does not fit, or five draws failed.
     """
-    for _ in range(5):
-        frame = make_frame(message, passphrase)
-        tokens, found, account = run_channel(model, prompt, passphrase, frame=frame, **options)
+    for attempt in range(5):
+        number = None if seed is None else 5 * seed + attempt
+        nonce = None if number is None else number.to_bytes(8, "big")
+        frame = make_frame(message, passphrase, nonce)
+        tokens, found, account = run_channel(model, prompt, passphrase, frame=frame, seed=number, **options)
         text = model.decode(tokens)
         try:
             if found == frame and reveal(model, text, prompt, passphrase, **options)[0] == message:

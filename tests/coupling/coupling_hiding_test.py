@@ -96,11 +96,12 @@ def test_file_in_text_and_back(characters):
     """Hide, reveal; then a changed character, a wrong passphrase and a cut text are reported."""
     table, law = characters
     model = steganography.TextModel(law, table, byte_model.encode, byte_model.decode)
-    text, account = steganography.hide(model, b"nine o'clock", "import ", "key")
+    text, account = steganography.hide(model, b"nine o'clock", "import ", "key", seed=1)
     message, _ = steganography.reveal(model, text, "import ", "key")
     assert message == b"nine o'clock"
     assert account.bits == 8 * 28
-    assert 0.5 < account.bits / account.entropy_bits <= 1.1
+    # The text determines the message, so it is at least as surprising; beliefs are rounded to counts.
+    assert 0.6 * account.surprisal_bits < account.bits <= account.surprisal_bits + 0.1
     assert account.coupling_kl < 1e-6
     changed = text[:20] + ("q" if text[20] != "q" else "z") + text[21:]
     for wrong in (changed, text[:-5], text + "x"):
