@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_suite.coupling.integer import round_masses
-from jaxrl_suite.coupling.iterative import CERTAIN, fimec_symbol, symbol_law
+from jaxrl_suite.coupling.iterative import fimec_symbol, symbol_law
+from jaxrl_suite.coupling.symbol_step import CERTAIN
 from jaxrl_suite.types import SequenceLaw
 
 _HEADER, _CHECK, _IN_FLIGHT, _WINDOW = 12, 4, 16, 12
@@ -175,7 +176,7 @@ def _candidates(logits: jax.Array, top_k: int):
 @jax.jit
 def _channel(key, beliefs, values, probs, symbol, replay, rate):
     counts = round_masses(probs, 1 << 30)
-    drawn, after = fimec_symbol(key, beliefs, values, counts, symbol, replay, rate=rate)
+    drawn, after, _ = fimec_symbol(key, beliefs, values, counts, symbol, replay, rate=rate)
     return drawn, after, counts, symbol_law(beliefs, counts, rate=rate)
 
 

@@ -5,10 +5,7 @@ symbol the block of largest entropy is coupled with the law of the symbol; the s
 value of that block, and everyone conditions that block's belief on the symbol. Averaged over messages the symbols
 follow their law: to anyone without the key the text is the model's own.
 
-*Merging*: symbols whose columns in the coupling are proportional say the same about the block. Then only their group
-is drawn, and the law within the group is coupled with the next block of largest entropy, until one symbol is left:
-entropy of the symbol that the first block could not use carries another one.
-
+The loop of a symbol, with its merging of symbols that say the same, is in :mod:`jaxrl_suite.coupling.symbol_step`.
 Masses are counts (:func:`integer_masses`), so that the two sides agree to the last bit if they see the same counts.
 
 References:
@@ -21,21 +18,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.coupling.ebim import code_at_rate
-from jaxrl_suite.coupling.greedy import greedy_coupling
 from jaxrl_suite.coupling.integer import round_masses
-from jaxrl_suite.coupling.partitions import code_of_labels
+from jaxrl_suite.coupling.symbol_step import Partition, SymbolStep, couple_symbol, joint_counts
 from jaxrl_suite.distributions import entropy
 from jaxrl_suite.types import Array, PRNGKey, SequenceLaw
-
-CERTAIN = 1e-6  # bits: a block of less entropy is settled and carries nothing more; it is wrong once in 10 million
-
-
-class _Stage(NamedTuple):
-    beliefs: Array  # [W, V]
-    counts: Array  # int32 [M], law among the symbols that are still possible
-    symbol: Array  # int32 [], one of them
-    couplings: Array  # int32 [], number so far
 
 
 def fimec_symbol(
@@ -48,7 +34,7 @@ def fimec_symbol(
     *,
     rate: Array | float = jnp.inf,
     merge: bool = True,
-) -> tuple[Array, Array]:
+) -> SymbolStep:
     """One symbol: drawn by the sender, or observed by the receiver. Both run this very function.
 
     Args:
@@ -62,40 +48,21 @@ def fimec_symbol(
         merge: whether groups of symbols that say the same are refined with further blocks; static.
 
     Returns:
-        The symbol and the updated beliefs.
+        The symbol, the updated beliefs, and the likelihood of the symbol given ``values``.
     """
-    rate = jnp.asarray(rate, beliefs.dtype)
-    index = jnp.arange(counts.shape[0], dtype=jnp.int32)
 
-    def unfinished(stage: _Stage) -> Array:
-        open_blocks = jnp.max(entropy(stage.beliefs)) > CERTAIN
-        several = jnp.sum(stage.counts > 0) > 1
-        return several & open_blocks & ((stage.couplings == 0) | merge) & (stage.couplings < counts.shape[0])
+    def select(beliefs: Array) -> tuple[Array, Partition]:
+        entropies = entropy(beliefs)
+        block = jnp.argmax(entropies)
+        return beliefs, Partition(beliefs[block], values[block], jnp.max(entropies), block)
 
-    def couple(stage: _Stage) -> _Stage:
-        block = jnp.argmax(entropy(stage.beliefs))
-        belief = stage.beliefs[block]
-        joint = _joint(belief, stage.counts, rate)
-        row = joint[values[block]]
-        row = jnp.where(jnp.sum(row) > 0, row, stage.counts)
-        chosen = jnp.where(replay, symbol, _draw(jax.random.fold_in(key, stage.couplings), row)).astype(jnp.int32)
-        column = joint[:, chosen].astype(belief.dtype)
+    def condition(beliefs: Array, partition: Partition, joint: Array) -> Array:
+        column = jnp.maximum(joint, 0).astype(beliefs.dtype)
         posterior = column / jnp.maximum(jnp.sum(column), 1)
-        posterior = jnp.where(jnp.sum(column) > 0, posterior, belief)
-        return _Stage(
-            stage.beliefs.at[block].set(posterior),
-            jnp.where(_same_message(joint, chosen) | (index == chosen), stage.counts, 0),
-            chosen,
-            stage.couplings + 1,
-        )
+        return beliefs.at[partition.place].set(jnp.where(jnp.sum(column) > 0, posterior, partition.masses))
 
-    start = _Stage(beliefs, counts, jnp.asarray(symbol, jnp.int32), jnp.zeros((), jnp.int32))
-    stage = jax.lax.while_loop(unfinished, couple, start)
-    last = _draw(jax.random.fold_in(key, counts.shape[0]), stage.counts)
-    # Without merging the symbol that was drawn stays, with it whatever is left of its group is drawn by its law.
-    keep = (stage.couplings > 0) & (not merge)
-    drawn = jnp.where(keep, stage.symbol, last)
-    return jnp.where(replay, symbol, drawn).astype(jnp.int32), stage.beliefs
+    rate = jnp.asarray(rate, beliefs.dtype)
+    return couple_symbol(key, beliefs, select, condition, counts, symbol, replay, rate=rate, merge=merge)
 
 
 def symbol_law(beliefs: Array, counts: Array, *, rate: Array | float = jnp.inf) -> Array:
@@ -104,38 +71,10 @@ def symbol_law(beliefs: Array, counts: Array, *, rate: Array | float = jnp.inf) 
     It is ``counts / total``, up to the rounding of the belief to counts.
     """
     belief = beliefs[jnp.argmax(entropy(beliefs))]
-    joint = _joint(belief, counts, jnp.asarray(rate, beliefs.dtype)).astype(belief.dtype)
+    joint = joint_counts(belief, counts, jnp.asarray(rate, beliefs.dtype)).astype(belief.dtype)
     rows = jnp.sum(joint, axis=1, keepdims=True)
     given = jnp.where(rows > 0, joint / jnp.maximum(rows, 1), (counts / jnp.sum(counts)).astype(belief.dtype)[None])
     return belief @ given
-
-
-def _joint(belief: Array, counts: Array, rate: Array) -> Array:
-    """Coupling of a block with the symbols, int32 [V, M]; with a rate, of its code, shared out among the values."""
-    total = jnp.sum(counts)
-    labels, _ = code_at_rate(belief, rate)
-    masses = round_masses(belief, total)
-    code = code_of_labels(masses, labels)
-    joint = greedy_coupling(code, counts).dense((belief.shape[0], counts.shape[0]))
-    # Values of one code share its row in proportion to their masses; alone in it, a value gets the row as it is.
-    alone = masses == code[labels]
-    share = masses.astype(belief.dtype) / jnp.maximum(code[labels], 1).astype(belief.dtype)
-    shared = jnp.round(joint[labels].astype(belief.dtype) * share[:, None]).astype(jnp.int32)
-    return jnp.where(alone[:, None], joint[labels], shared)
-
-
-def _same_message(joint: Array, chosen: Array) -> Array:
-    """bool [M], symbols whose column has a single entry, in the same row as the only entry of the chosen column."""
-    filled = joint > 0
-    single = jnp.sum(filled, axis=0) == 1
-    row = jnp.argmax(filled, axis=0)
-    return single & single[chosen] & (row == row[chosen])
-
-
-def _draw(key: PRNGKey, counts: Array) -> Array:
-    """Draws an index in proportion to counts, exactly."""
-    target = jax.random.randint(key, (), 0, jnp.maximum(jnp.sum(counts), 1))
-    return jnp.sum(jnp.cumsum(counts) <= target).astype(jnp.int32)
 
 
 class HiddenText(NamedTuple):
@@ -195,7 +134,7 @@ def fimec_text(
     state = law.init(params, prompts, mask)
 
     def one(key, beliefs, values, counts, symbol):
-        return fimec_symbol(key, beliefs, values, counts, symbol, replay, rate=rate, merge=merge)
+        return fimec_symbol(key, beliefs, values, counts, symbol, replay, rate=rate, merge=merge)[:2]
 
     def step(carry, entry):
         state, logits, beliefs = carry

@@ -27,7 +27,7 @@ def test_one_block_is_the_greedy_coupling(x64):
         )
     )
     for value in range(4):
-        symbols, after = draw(keys, jnp.int32(value))
+        symbols, after, _ = draw(keys, jnp.int32(value))
         frequency = np.bincount(symbols, minlength=3) / 400
         given = joint[value] / joint[value].sum()
         assert np.abs(frequency - given).max() < 4 * 0.5 / 20 + 1e-9
