@@ -4,7 +4,6 @@ A process of its own, because the number of devices and float64 are fixed when J
 """
 
 import argparse
-import base64
 import os
 import re
 import shlex
@@ -18,7 +17,7 @@ from typing import NamedTuple
 from experiments.common.flags import Settings, UsageError
 from experiments.common.run import choose_workdir
 from experiments.common.study import Study, all_studies
-from jaxrl_suite.io import files, profiling, report
+from jaxrl_suite.io import files, plots, profiling, report
 
 _INTRO = (
     "jaxrl-suite makes four recent papers real in JAX: reward-free exploration in linear mixture MDPs, parallel "
@@ -186,7 +185,7 @@ def _section(outcome: Outcome) -> report.Section:
     if outcome.error is None:
         numbers = files.read_json(outcome.workdir / "summary.json")["summary"]
         for path in sorted((outcome.workdir / "plots").glob("*.svg")):
-            figures[path.stem.replace("_", " ")] = _data_uri(path)
+            figures[path.stem.replace("_", " ")] = plots.file_to_data_uri(path)
     return report.Section(
         title=f"{outcome.family} / {study.name}",
         summary=study.summary,
@@ -198,14 +197,6 @@ def _section(outcome: Outcome) -> report.Section:
         error=outcome.error,
         headline=study.headline,
     )
-
-
-def _data_uri(path: Path, *, max_svg_bytes: int = 300_000) -> str:
-    """The picture inlined: as SVG, or as the PNG beside it where the SVG is large."""
-    if path.stat().st_size > max_svg_bytes:
-        path = path.with_suffix(".png")
-    kind = "svg+xml" if path.suffix == ".svg" else "png"
-    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _write(workdir: Path, outcomes: Sequence[Outcome]) -> None:

@@ -7,6 +7,7 @@ figure survives a black-and-white printer.
 import base64
 import io
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -382,4 +383,32 @@ def figure_to_data_uri(figure: "Figure", *, max_svg_bytes: int = 300_000) -> str
     content, kind = _render(figure, "svg"), "svg+xml"
     if len(content) > max_svg_bytes:
         content, kind = _render(figure, "png"), "png"
+    return _data_uri(content, kind)
+
+
+def file_to_data_uri(path: str | os.PathLike[str], *, max_svg_bytes: int = 300_000) -> str:
+    """A picture on disk (.svg, .png) as a ``data:`` address; the PNG beside an SVG that is larger than the limit."""
+    path = Path(path)
+    if path.suffix == ".svg" and path.stat().st_size > max_svg_bytes and path.with_suffix(".png").exists():
+        path = path.with_suffix(".png")
+    return _data_uri(path.read_bytes(), "svg+xml" if path.suffix == ".svg" else "png")
+
+
+def _data_uri(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def data_uri_size(address: str) -> tuple[float, float]:
+    """Width and height of a ``data:`` address of this module, in pixels (PNG) or in points (SVG).
+
+    Raises:
+        ValueError: neither a PNG nor an SVG with a width and a height.
+    """
+    head, _, body = address.partition(",")
+    content = base64.b64decode(body[:4096])  # both formats say it at the beginning
+    if head == "data:image/png;base64" and content[12:16] == b"IHDR":
+        return float(int.from_bytes(content[16:20])), float(int.from_bytes(content[20:24]))
+    found = re.search(rb"<svg[^>]*?\swidth=\"([\d.]+)[^>]*?\sheight=\"([\d.]+)", content)
+    if head != "data:image/svg+xml;base64" or not found:
+        raise ValueError(f"address={address!r:.40}: must be a data:image/ address of an SVG or PNG with a size.")
+    return float(found[1]), float(found[2])

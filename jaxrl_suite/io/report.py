@@ -120,8 +120,10 @@ def _headline(section: Section) -> str:
     parts = []
     for path in section.headline:
         if path in section.numbers:
-            name, unit = split_unit(path)
+            # The title names family and study already.
+            name, unit = split_unit("/".join(word for word in path.split("/") if word not in section.title.split()))
             value, unit = _scaled(section.numbers[path], unit)
+            name = name.replace(" / ", " ")
             parts.append(f"{name} {format_number(value)}{' ' + unit if unit else ''}")
     return ", ".join(parts)
 
@@ -196,9 +198,9 @@ def _section(section: Section, anchor: str) -> str:
         parts.append(f'<pre class="error">{_text(section.error.strip())}</pre>')
     pictures = [_figure(caption, figure) for caption, figure in section.figures.items()]
     numbers = _numbers(section.numbers) if section.numbers else ""
-    # A single figure leaves room for the numbers beside it.
-    parts.append(f'<div class="beside">{pictures[0]}{numbers}</div>' if len(pictures) == 1 and numbers else "")
-    if len(pictures) != 1 or not numbers:
+    if len(pictures) == 1 and numbers and 'class="broad"' not in pictures[0]:
+        parts.append(f'<div class="beside">{pictures[0]}{numbers}</div>')  # one figure leaves room for the numbers
+    else:
         parts += ['<div class="figures">', *pictures, "</div>", numbers]
     # A word of the command is not broken, so that an option stays readable.
     words = " ".join(f"<span>{_text(word)}</span>" for word in section.command.split(" "))
@@ -213,16 +215,13 @@ def _section(section: Section, anchor: str) -> str:
 
 def _figure(caption: str, figure: Any) -> str:
     source = figure if isinstance(figure, str) else plots.figure_to_data_uri(figure)
-    if not source.startswith("data:image/"):
-        raise ValueError(f"figures[{caption!r}]={source!r:.40}: must be a Figure or a data:image/ address.")
     words = _text(caption.replace("_", " "))
-    shape = ' class="broad"' if not isinstance(figure, str) and _is_broad(figure) else ""
+    try:
+        width, height = plots.data_uri_size(source)
+    except ValueError:
+        raise ValueError(f"figures[{caption!r}]={source!r:.40}: must be a Figure or a data:image/ address.") from None
+    shape = ' class="broad"' if width > 1.9 * height else ""  # two or more panels side by side: the page's whole width
     return f'<figure{shape}><img src="{_text(source)}" alt="{words}"><figcaption>{words}</figcaption></figure>'
-
-
-def _is_broad(figure: Any) -> bool:
-    width, height = figure.get_size_inches()
-    return width > 1.9 * height
 
 
 def _numbers(numbers: Mapping[str, Any]) -> str:

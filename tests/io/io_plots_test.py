@@ -207,6 +207,17 @@ def test_data_uri_is_svg_while_small_and_png_beyond(figure):
     assert kind == "data:image/png;base64" and base64.b64decode(content).startswith(b"\x89PNG")
 
 
+def test_data_uri_from_file_and_its_size(figure, tmp_path):
+    for path in plots.save_figure(figure, tmp_path / "picture"):
+        address = plots.file_to_data_uri(path)
+        width, height = plots.data_uri_size(address)
+        assert width / height == pytest.approx(figure.get_size_inches()[0] / figure.get_size_inches()[1], rel=0.02)
+    assert plots.file_to_data_uri(tmp_path / "picture.svg", max_svg_bytes=10).startswith("data:image/png")
+    for address in ("data:image/png;base64,AAAA", "https://example.org/x.png", "data:image/svg+xml;base64,AAAA"):
+        with pytest.raises(ValueError, match="must be a data:image/"):
+            plots.data_uri_size(address)
+
+
 def test_missing_matplotlib_names_the_extra(monkeypatch):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -93,7 +93,7 @@ def test_page_is_self_contained_and_whole(tmp_path, sections):
         "Information against rate <&>.",
         '--note="a<b"',
         "4 studies: 2 finished, 1 failed, 1 skipped. 1 min 17 s in all.",
-        "coupling / rate 1.235 bit",
+        "rate 1.235 bit",
         "ValueError: [red]bad[/red] & ugly",
         "12,345",
         "3.2",
@@ -160,7 +160,7 @@ def test_plain_table(sections, capsys):
     report.terminal_table(sections)
     assert capsys.readouterr().out == (
         "study               status          time  result\n"
-        "coupling / letters  finished  1 min 15 s  coupling / rate 1.235 bit\n"
+        "coupling / letters  finished  1 min 15 s  rate 1.235 bit\n"
         "moe / folding       failed         2.0 s  ValueError: [red]bad[/red] & ugly\n"
         "pareto / front      skipped            –\n"
         "one                 finished           –\n"
