@@ -7,6 +7,8 @@ OWNER/NAME, from the Hugging Face hub. What is there already is not fetched agai
 import argparse
 import hashlib
 import importlib.util
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -39,7 +41,7 @@ def fetch_model(name: str, folder: Path | None = None) -> Path:
         FetchError: unknown name, no network, or a file that is not what it should be.
     """
     folder = FOLDER / name.replace("/", "--") if folder is None else folder
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(folder.iterdir()):  # it took this name when it was complete
         return folder
     if name not in _HUB and "/" not in name:
         raise FetchError(f"{name!r}: unknown model. Known: {', '.join(_HUB)}, or OWNER/NAME of the Hugging Face hub.")
@@ -81,11 +83,23 @@ def _from_hub(name: str, folder: Path, earlier: str = "") -> None:
         raise FetchError(f"{reason}The hub needs huggingface_hub. Remedy: python -m pip install huggingface_hub")
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.safetensors", "*.jinja"]
     try:
-        snapshot_download(name, local_dir=folder, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+        snapshot_download(name, local_dir=folder, allow_patterns=patterns, endpoint=os.environ.get("HF_ENDPOINT"))
     except Exception as error:  # the library raises a family of its own and whatever its transport raises
-        raise FetchError(f"{earlier} {name}: {error}".strip()) from error
+        remedy = "Remedy: look at the name and the network, then run the command again."
+        raise FetchError(f"{earlier} {name}: {error} {remedy}".strip()) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
+    _check_whole(name, folder)
+
+
+def _check_whole(name: str, folder: Path) -> None:
+    """Refuses a download that lacks its configuration, or a file of weights that its index names."""
+    index = folder / "model.safetensors.index.json"
+    weights = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    missing = sorted(file for file in {"config.json", *weights} if not (folder / file).exists())
+    if missing:
+        raise FetchError(f"{name}: the hub has no {', '.join(missing)}; only models in safetensors can be read.")
 
 
 def main() -> None:

@@ -58,6 +58,7 @@ from jaxrl_suite.lm.decoder import (
     rematerialised,
     sequence_positions,
 )
+from jaxrl_suite.lm.export import save_pretrained
 from jaxrl_suite.lm.feed_forward import (
     RouterOutput,
     default_feed_forward,
@@ -73,7 +74,7 @@ from jaxrl_suite.lm.likelihood import log_probs, weighted_log_prob
 from jaxrl_suite.lm.lora import LoraConfig, apply_lora, init_lora, merge_lora
 from jaxrl_suite.lm.model import LanguageModel, generate, policy, sequence_law, token_log_probs
 from jaxrl_suite.lm.parameters import flatten, init_params, num_parameters, parameter_shapes, unflatten
-from jaxrl_suite.lm.pretrained import Pretrained, load_pretrained, save_pretrained
+from jaxrl_suite.lm.pretrained import Pretrained, load_pretrained
 from jaxrl_suite.lm.rope import rope_frequencies, rope_tables, rotate
 from jaxrl_suite.lm.routing import route, top_k_indices
 from jaxrl_suite.lm.sampling import Sampling, draw, sampling_logits

@@ -21,9 +21,18 @@ _HIDDEN = -1e30  # finite, so that a block of which nothing is visible makes no 
 
 
 class _Plan(NamedTuple):
-    """Static facts of one call."""
+    """Static facts of one call.
 
-    pairs: tuple[tuple[int, int], ...]
+    Attributes:
+        reach: blocks back that a query block sees, where order on the time axis is order of positions; None where
+            every block may see every other.
+        window: see :func:`blockwise_attend`.
+        scale: factor on the scores.
+        group: query heads of a KV head.
+        layout: see :func:`blockwise_attend`.
+    """
+
+    reach: int | None
     window: int | None
     scale: float
     group: int
@@ -118,7 +127,8 @@ def attention_with_normaliser(
     group = num_heads // num_kv_heads
     block = min(block_size, max(8, 1 << (max(length, num_keys) - 1).bit_length()))
     n, m = -(-length // block), -(-num_keys // block)
-    plan = _Plan(_visible_pairs(n, m, block, window, ordered), window, width**-0.5, group, layout)
+    reach = (n if window is None else -(-(window - 1) // block)) if ordered else None
+    plan = _Plan(reach, window, width**-0.5, group, layout)
     q, k, v = (vary_like(x, q, k, v) for x in (q, k, v))
     # Rows of a query block: time major, the heads of a group minor, so that one product serves the whole group.
     q = _pad(q.reshape(batch, length, num_kv_heads, group, width), n * block).transpose(0, 2, 1, 3, 4)
@@ -138,13 +148,6 @@ def attention_with_normaliser(
         output.reshape(batch, n * block, num_heads, width)[:, :length],
         normaliser.reshape(batch, n * block, num_heads)[:, :length],
     )
-
-
-def _visible_pairs(n: int, m: int, block: int, window: int | None, ordered: bool) -> tuple[tuple[int, int], ...]:
-    if not ordered:
-        return tuple((i, j) for i in range(n) for j in range(m))
-    reach = n if window is None else -(-(window - 1) // block)  # blocks back that a window can touch
-    return tuple((i, j) for i in range(n) for j in range(max(0, i - reach), i + 1))
 
 
 def _pad(x: Array, length: int, value: int = 0) -> Array:
@@ -204,9 +207,13 @@ def _scores(plan: _Plan, q: Array, k: Array, places: _Places, i: Array, j: Array
     return jnp.where(visible.reshape(scores.shape), scores, jnp.asarray(_HIDDEN, dtype))
 
 
-def _pairs(plan: _Plan) -> Any:
-    pairs = np.asarray(plan.pairs, np.int32)
-    return pairs[:, 0], pairs[:, 1]
+def _visible_pairs(plan: _Plan, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """(query block, key block) for every two blocks of which something may be visible, row by row."""
+    i, j = np.indices((n, m), np.int32).reshape(2, -1)
+    if plan.reach is None:
+        return i, j
+    seen = (j <= i) & (i - j <= plan.reach)
+    return i[seen], j[seen]
 
 
 def _forward_one(plan: _Plan, arrays: tuple[Array, Array, Array], places: _Places) -> tuple[Array, Array]:
@@ -236,7 +243,7 @@ def _forward_one(plan: _Plan, arrays: tuple[Array, Array, Array], places: _Place
         jnp.zeros((n, rows, width), dtype),
     )
     init = tuple(vary_like(x, q, k, v, *places) for x in init)
-    (best, total, output), _ = jax.lax.scan(step, init, _pairs(plan))
+    (best, total, output), _ = jax.lax.scan(step, init, _visible_pairs(plan, len(q), len(k)))
     return (output / total[..., None]).astype(q.dtype), best + jnp.log(total)
 
 
@@ -260,5 +267,5 @@ def _backward_one(plan: _Plan, arrays: tuple[Array, ...], places: _Places) -> tu
         ), None
 
     init = tuple(vary_like(jnp.zeros(x.shape, dtype), q, k, v, g, *places) for x in (q, k, v))
-    (dq, dk, dv), _ = jax.lax.scan(step, init, _pairs(plan))
+    (dq, dk, dv), _ = jax.lax.scan(step, init, _visible_pairs(plan, len(q), len(k)))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)

@@ -68,7 +68,8 @@ def config_from_hf(values: Mapping[str, Any], *, where: str, tensors: Set[str] |
 
 
 def _rope_from_hf(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    check(isinstance(rope, Mapping), argument=f"{where}: rope_parameters", value=rope, rule="must be an object")
     default = 1e6 if values["model_type"] == "mixtral" else 1e4
     fields: dict[str, Any] = {"rope_theta": float(rope.get("rope_theta") or values.get("rope_theta") or default)}
     kind = rope.get("rope_type", rope.get("type", "default"))

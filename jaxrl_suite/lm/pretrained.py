@@ -1,9 +1,8 @@
-"""Weights that people have, in and out: Hugging Face folders (safetensors) and GGUF files."""
+"""Weights that people have: Hugging Face folders (safetensors) and GGUF files. The way out is in `export`."""
 
+import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +13,10 @@ import numpy as np
 
 from jaxrl_suite.config import check
 from jaxrl_suite.lm.config import LanguageModelConfig
-from jaxrl_suite.lm.hf_config import config_from_gguf, config_from_hf, config_to_hf
+from jaxrl_suite.lm.hf_config import config_from_gguf, config_from_hf
 from jaxrl_suite.lm.model import LanguageModel
-from jaxrl_suite.lm.parameters import flatten, parameter_shapes, unflatten
-from jaxrl_suite.lm.tensor_files import Tensor, check_names, read_gguf, read_safetensors, write_safetensors
+from jaxrl_suite.lm.parameters import parameter_shapes, unflatten
+from jaxrl_suite.lm.tensor_files import Tensor, check_names, read_gguf, read_safetensors
 from jaxrl_suite.lm.tensor_names import Scheme, Stored, stored_tensors
 from jaxrl_suite.lm.tokenizer import Tokenizer, read_tokenizer, tokenizer_from_gguf
 from jaxrl_suite.types import Params
@@ -78,8 +77,10 @@ def load_pretrained(
     dtype = jnp.dtype(dtype)
     names = ("float32", "bfloat16", "float16", "float64")
     check(dtype.name in names, argument="dtype", value=dtype.name, rule=f"must be {', '.join(names)}")
-    source = _open(Path(path))
+    with _naming(path):
+        source = _open(Path(path))
     config = source.config.replace(param_dtype=dtype.name)
+    _check_count(source)
     stored = stored_tensors(config, source.scheme)
     _check_tensors(source, stored)
     if source.tokenizer is not None:
@@ -91,6 +92,19 @@ def load_pretrained(
         for name, shape in parameter_shapes(config).items()
     }
     return Pretrained(LanguageModel(config), unflatten(leaves), config, source.tokenizer)
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Makes every complaint about a description name its place, also what a field of another kind trips over."""
+    try:
+        yield
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+        raise ValueError(f"{path}: its description is damaged or of another kind ({error!r}).") from error
 
 
 def _open(path: Path) -> _Source:
@@ -141,16 +155,27 @@ def _open_shards(path: Path) -> dict[str, Tensor]:
         places = json.loads(index.read_text())["weight_map"]
     except (ValueError, KeyError) as error:
         raise ValueError(f"{index}: not an index of shards ({error!r}).") from error
-    shards = {}
-    for name in sorted(set(places.values())):
-        exists = (path / name).exists()
-        check(exists, argument=str(index), value=name, rule="the shard that it names is missing")
-        shards[name] = read_safetensors(path / name)
     tensors = {}
+    for shard in sorted(set(places.values())):
+        inside = Path(shard).name == shard
+        check(inside, argument=str(index), value=shard, rule="a shard must be a file of the same folder")
+        check((path / shard).exists(), argument=str(index), value=shard, rule="the shard that it names is missing")
+        found = read_safetensors(path / shard)
+        for name in found:
+            rule = "is stored here, but not according to the index"
+            check(places.get(name) == shard, argument=str(path / shard), value=name, rule=rule)
+        tensors |= found
     for name, shard in places.items():
-        check(name in shards[shard], argument=str(path / shard), value=name, rule="the index puts this tensor here")
-        tensors[name] = shards[shard][name]
+        check(name in tensors, argument=str(path / shard), value=name, rule="the index puts this tensor here")
     return tensors
+
+
+def _check_count(source: _Source) -> None:
+    """Refuses a layer count that the file cannot hold, before a name is written out for each."""
+    config, found = source.config, len(source.tensors)
+    experts = config.num_experts if source.scheme == "hf" and config.num_experts else 1
+    rule = f"{config.num_layers} layers of {experts} tensors need more than the {found} tensors that are there"
+    check(config.num_layers * experts <= found, argument=source.where, value=config.num_layers, rule=rule)
 
 
 def _check_tensors(source: _Source, stored: dict[str, tuple[Stored, ...]]) -> None:
@@ -233,99 +258,3 @@ def _row_chunks(start: int, stop: int, row_bytes: int, multiple: int) -> Iterato
     step = max(1, _CHUNK_BYTES // max(1, row_bytes * multiple)) * multiple
     for first in range(start, stop, step):
         yield first, min(first + step, stop)
-
-
-def save_pretrained(
-    path: str | os.PathLike[str],
-    pretrained: Pretrained,
-    *,
-    overwrite: bool = False,
-    max_shard_bytes: int = 5_000_000_000,
-) -> Path:
-    """Writes a Hugging Face folder that ``transformers`` loads.
-
-    Everything is written to a hidden folder beside the target, which takes its name only when complete: a killed
-    export leaves nothing that looks whole.
-
-    Args:
-        path: the folder.
-        pretrained: what to write; a tokenizer that is not of Hugging Face's kind is left out.
-        overwrite: replace an existing folder.
-        max_shard_bytes: largest size of one safetensors file.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: the folder exists, the parameters do not fit the configuration, or the family cannot express it.
-    """
-    path = Path(path)
-    rule, remedy = "exists", "Give another name or overwrite=True"
-    check(overwrite or not path.exists(), argument="path", value=str(path), rule=rule, remedy=remedy)
-    config, leaves = pretrained.config, flatten(pretrained.params)
-    shapes = parameter_shapes(config)
-    check_names(leaves, shapes, "params")
-    for name, shape in shapes.items():
-        found = tuple(leaves[name].shape)
-        check(found == shape, argument=f"params: {name}", value=found, rule=f"shape must be {shape}")
-    dtype = np.dtype(leaves["embed/table"].dtype)
-    values = config_to_hf(config, dtype.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    try:
-        _write_shards(partial, config, leaves, dtype, max_shard_bytes)
-        if isinstance(pretrained.tokenizer, Tokenizer):
-            pretrained.tokenizer.save(partial)
-            numbers = {"bos_token_id": pretrained.tokenizer.bos_token, "pad_token_id": pretrained.tokenizer.pad_token}
-            stops = list(pretrained.tokenizer.stop_tokens)
-            values |= numbers | {"eos_token_id": stops[0] if len(stops) == 1 else stops or None}
-        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        partial.chmod(0o755)
-        _replace(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return path
-
-
-def _replace(partial: Path, path: Path) -> None:
-    if not path.exists():
-        partial.rename(path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-    path.rename(old / path.name)
-    partial.rename(path)
-    shutil.rmtree(old)
-
-
-def _write_shards(
-    folder: Path, config: LanguageModelConfig, leaves: dict[str, Any], dtype: np.dtype, max_shard_bytes: int
-) -> None:
-    where = {piece.name: (path, piece) for path, group in stored_tensors(config, "hf").items() for piece in group}
-    shards: list[dict[str, tuple[tuple[int, ...], np.dtype]]] = [{}]
-    size = 0
-    for name, (_, piece) in where.items():
-        bytes_ = int(np.prod(piece.shape)) * dtype.itemsize
-        if shards[-1] and size + bytes_ > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = (piece.shape, dtype)
-        size += bytes_
-
-    def read(name: str) -> np.ndarray:
-        path, piece = where[name]
-        array = np.asarray(leaves[path][piece.index]).astype(dtype)
-        if piece.kind == "matrix":
-            return array.reshape(piece.shape[1], piece.shape[0]).T
-        return array.reshape(piece.shape)
-
-    if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", shards[0], read)
-        return
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards):
-        write_safetensors(folder / name, shard, read)
-    total = sum(int(np.prod(piece.shape)) for _, piece in where.values()) * dtype.itemsize
-    weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

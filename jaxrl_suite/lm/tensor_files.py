@@ -83,18 +83,32 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: the header is not JSON ({error}). The file is damaged; fetch it again.") from error
     rule(isinstance(header, dict), "header", "must be a JSON object")
     header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        ok = isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= entry.keys()
-        rule(ok, name, "header entry needs dtype, shape and data_offsets")
-        supported = f"dtype {entry['dtype']} is not supported, only {', '.join(_DTYPES)}"
-        check(entry["dtype"] in _DTYPES, argument=str(path), value=name, rule=supported)
-        dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    tensors, end = {}, 0
+    entries = {name: _entry(path, name, entry) for name, entry in header.items()}
+    for name, (dtype, shape, start, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
         expected = math.prod(shape) * dtype.itemsize
         rule(stop - start == expected, name, f"holds {stop - start} bytes, but its shape {shape} needs {expected}")
-        rule(start >= 0 and 8 + length + stop <= size, name, f"ends at byte {8 + length + stop} of a file of {size}")
-        tensors[name] = _plain_tensor(path, mapped, 8 + length + start, shape, dtype)
+        rule(start == end, name, f"begins at byte {start} of the data, but what is before it ends at {end}")
+        rule(8 + length + stop <= size, name, f"ends at byte {8 + length + stop} of a file of {size}")
+        tensors[name], end = _plain_tensor(path, mapped, 8 + length + start, shape, dtype), stop
+    rule(8 + length + end == size, f"{size} bytes", f"must be {8 + length + end} bytes, as its header says")
     return tensors
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """Dtype, shape, first and last byte of a tensor, from its entry in the header."""
+
+    def whole(value: Any) -> bool:
+        return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+    ok = isinstance(entry, dict) and whole(entry.get("shape")) and whole(entry.get("data_offsets"))
+    ok = ok and len(entry["data_offsets"]) == 2
+    text = "header entry needs dtype, shape and data_offsets"
+    check(ok, argument=str(path), value=name, rule=text, remedy="The file is damaged; fetch it again")
+    code = str(entry.get("dtype"))
+    supported = f"dtype {code} is not supported, only {', '.join(_DTYPES)}"
+    check(code in _DTYPES, argument=str(path), value=name, rule=supported)
+    return _DTYPES[code], tuple(entry["shape"]), *entry["data_offsets"]
 
 
 def _plain_tensor(path: Path, mapped: mmap.mmap, start: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
@@ -135,7 +149,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], n
 
 # GGUF value types: number -> struct code; 8 is a string, 9 an array.
 _GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_GGUF_FLOATS = {0: np.dtype(np.float32), 1: np.dtype(np.float16), 30: np.dtype(ml_dtypes.bfloat16)}
+_GGUF_FLOATS = {
+    0: np.dtype(np.float32),
+    1: np.dtype(np.float16),
+    28: np.dtype(np.float64),
+    30: np.dtype(ml_dtypes.bfloat16),
+}
+_GGUF_MAX_AXES = 4
 
 
 class _Cursor:
@@ -161,6 +181,8 @@ class _Cursor:
             return self.string()
         if kind == 9:
             inner, count = self.scalar("I"), self.scalar("Q")
+            rule = "has a list of lists in its metadata, which is not supported"
+            check(inner != 9, argument="file", value=str(self.path), rule=rule)
             if inner in _GGUF_SCALARS:
                 code = _GGUF_SCALARS[inner]
                 return np.frombuffer(self.take(count * struct.calcsize("<" + code)), "<" + code).tolist()
@@ -195,30 +217,50 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         metadata[name] = cursor.value(cursor.scalar("I"))
     entries = []
     for _ in range(num_tensors):
-        name = cursor.string()
-        shape = tuple(reversed([cursor.scalar("Q") for _ in range(cursor.scalar("I"))]))
+        name, num_axes = cursor.string(), cursor.scalar("I")
+        rule = f"has {num_axes} axes; there must be 1 to {_GGUF_MAX_AXES}"
+        check(1 <= num_axes <= _GGUF_MAX_AXES, argument=str(path), value=name, rule=rule)
+        shape = tuple(reversed([cursor.scalar("Q") for _ in range(num_axes)]))
         entries.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
     alignment = metadata.get("general.alignment", 32)
+    ok = isinstance(alignment, int) and alignment > 0
+    check(ok, argument=f"{path}: general.alignment", value=alignment, rule="must be a positive integer")
     start = -(-cursor.at // alignment) * alignment
-    return metadata, {
-        name: _gguf_tensor(path, mapped, name, shape, kind, start + offset) for name, shape, kind, offset in entries
-    }
+    tensors, end = {}, 0
+    for name, shape, kind, offset in sorted(entries, key=lambda entry: entry[3]):
+        rule, remedy = f"begins at byte {offset} of the data, inside of what is before it", "The file is damaged"
+        check(offset >= end and name not in tensors, argument=str(path), value=name, rule=rule, remedy=remedy)
+        tensors[name], size = _gguf_tensor(path, mapped, name, shape, kind, start + offset)
+        end = offset + size
+    return metadata, tensors
 
 
-def _gguf_tensor(path: Path, mapped: mmap.mmap, name: str, shape: tuple[int, ...], kind: int, start: int) -> Tensor:
+def _gguf_tensor(
+    path: Path, mapped: mmap.mmap, name: str, shape: tuple[int, ...], kind: int, start: int
+) -> tuple[Tensor, int]:
+    """A tensor and its size in bytes."""
     if kind in _GGUF_FLOATS:
         size = math.prod(shape) * _GGUF_FLOATS[kind].itemsize
         tensor = _plain_tensor(path, mapped, start, shape, _GGUF_FLOATS[kind])
     else:
-        tensor, size = _quantised_tensor(path, mapped, name, shape, kind, start)
+        block, block_bytes, decode = _quantisation(path, name, kind)
+        fits = shape[-1] % block == 0
+        check(fits, argument=str(path), value=name, rule=f"rows of {shape[-1]} do not divide into blocks of {block}")
+        row = shape[-1] // block * block_bytes
+        size, inner = math.prod(shape[:-1]) * row, math.prod(shape[1:-1])
+
+        def rows(first: int, last: int) -> np.ndarray:
+            data = np.frombuffer(mapped, np.uint8, (last - first) * inner * row, start + first * inner * row)
+            return decode(data.reshape(-1, row)).reshape(last - first, *shape[1:])
+
+        tensor = Tensor(path, shape, rows, _releaser(mapped, start, size))
     rule = f"ends at byte {start + size} of a file of {len(mapped)}"
     check(start + size <= len(mapped), argument=str(path), value=name, rule=rule, remedy="The file is truncated")
-    return tensor
+    return tensor, size
 
 
-def _quantised_tensor(
-    path: Path, mapped: mmap.mmap, name: str, shape: tuple[int, ...], kind: int, start: int
-) -> tuple[Tensor, int]:
+def _quantisation(path: Path, name: str, kind: int) -> tuple[int, int, Callable[[np.ndarray], np.ndarray]]:
+    """Numbers of a block, its bytes, and the function that dequantises rows of bytes to float32."""
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
@@ -231,21 +273,12 @@ def _quantised_tensor(
     check(kind in known, argument=str(path), value=name, rule=f"is of unknown type {kind}")
     quantisation = GGMLQuantizationType(kind)
     block, block_bytes = GGML_QUANT_SIZES[quantisation]
-    fits = shape[-1] % block == 0
-    check(fits, argument=str(path), value=name, rule=f"rows of {shape[-1]} do not divide into blocks of {block}")
-    row = shape[-1] // block * block_bytes
-
-    def rows(first: int, last: int) -> np.ndarray:
-        inner = math.prod(shape[1:-1])
-        data = np.frombuffer(mapped, np.uint8, (last - first) * inner * row, start + first * inner * row)
-        try:
-            values = dequantize(data.reshape(-1, row), quantisation)
-        except NotImplementedError as error:
-            raise ValueError(f"{path}: tensor {name}: {quantisation.name} is not supported.") from error
-        return values.reshape(last - first, *shape[1:])
-
-    size = math.prod(shape[:-1]) * row
-    return Tensor(path, shape, rows, _releaser(mapped, start, size)), size
+    try:  # one block of zeros tells whether the package can, before any tensor is read
+        dequantize(np.zeros((1, block_bytes), np.uint8), quantisation)
+    except NotImplementedError as error:
+        rule = f"its type {quantisation.name} cannot be dequantised"
+        raise ValueError(f"{path}={name!r}: {rule}. Convert the file to another quantisation.") from error
+    return block, block_bytes, lambda data: dequantize(data, quantisation)
 
 
 def check_names(found: Iterable[str], expected: Iterable[str], where: str) -> None:

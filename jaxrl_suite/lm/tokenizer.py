@@ -31,7 +31,7 @@ class Tokenizer:
 
     Attributes:
         backend: the ``tokenizers.Tokenizer``.
-        vocab_size: number of tokens, special ones included.
+        vocab_size: one more than the largest number of a token, special ones included.
         bos_token: number of the token that begins a text, or None.
         eos_token: number of the token that ends one, or None.
         pad_token: number of the padding token; the end token where the files name none.
@@ -50,7 +50,7 @@ class Tokenizer:
         chat_template: str | None = None,
     ) -> None:
         self.backend = backend
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_token, self.eos_token = bos_token, eos_token
         first = [token for token in (pad_token, eos_token, 0) if token is not None]
         self.pad_token = first[0]

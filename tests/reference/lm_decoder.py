@@ -2,7 +2,23 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
+
+from jaxrl_suite.lm import parameter_shapes, unflatten
+
+
+def parameters(config, seed=0, dtype=np.float32):
+    """Random parameters of a model: NumPy draws, so that nothing is compiled; norms and biases away from 1 and 0."""
+    generator = np.random.default_rng(seed)
+
+    def leaf(path, shape):
+        drawn = generator.standard_normal(shape)
+        if path.endswith(("scale", "query_norm", "key_norm")):
+            return 1 + 0.2 * drawn
+        return drawn * (0.2 if path.endswith("_bias") else config.init_std)
+
+    return unflatten({path: jnp.asarray(leaf(path, s), dtype) for path, s in parameter_shapes(config).items()})
 
 
 def softmax(x):
