@@ -4,9 +4,10 @@ import numpy as np
 
 from jaxrl_suite import lm
 from jaxrl_suite.testing import assert_close
+from tests.reference import lm_decoder
 
 CONFIG = lm.LanguageModelConfig(
-    vocab_size=19, width=12, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, ffn_width=10, init_std=0.3
+    vocab_size=19, width=12, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4, ffn_width=10, init_std=0.3
 )
 SEGMENTS = jnp.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 2, 2, 2, 0]], jnp.int32)
 
@@ -19,25 +20,26 @@ def by_full_logits(params, tokens, segments):
 
 
 def test_chunked_log_probs_and_gradients_equal_full_logits(key):
-    params = lm.init_params(key, CONFIG)
+    """Whole and in chunks; the first token of a segment and padding score zero."""
+    params = lm_decoder.parameters(CONFIG)
     tokens = jax.random.randint(key, (2, 7), 0, 19)
     weights = jax.random.normal(key, (2, 7))
-
-    def value(function):
-        return jax.jit(jax.value_and_grad(lambda p: jnp.sum(weights * function(p))))(params)
-
-    expected = value(lambda p: by_full_logits(p, tokens, SEGMENTS))
+    forms = [lambda p: by_full_logits(p, tokens, SEGMENTS)]
     for chunk in (None, 3):
-        actual = value(lambda p, c=chunk: lm.log_probs(p, tokens, SEGMENTS, config=CONFIG, chunk=c))
+        forms.append(lambda p, c=chunk: lm.log_probs(p, tokens, SEGMENTS, config=CONFIG, chunk=c))
+
+    def value(form):
+        def total(params):
+            scores = form(params)
+            return jnp.sum(weights * scores), scores
+
+        return jax.value_and_grad(total, has_aux=True)
+
+    expected, *others = jax.jit(lambda p: [value(form)(p) for form in forms])(params)
+    for actual in others:
         assert_close(actual, expected, "reference")
-
-
-def test_first_token_and_padding_score_zero(key):
-    log_probs = lm.token_log_probs(
-        lm.LanguageModel(CONFIG), lm.init_params(key, CONFIG), jnp.ones((2, 7), jnp.int32), SEGMENTS
-    )
-    expected_zero = np.array([[1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 1, 0, 0, 1]], bool)
-    np.testing.assert_array_equal(np.asarray(log_probs) == 0, expected_zero)
+    zero = np.array([[1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 1, 0, 0, 1]], bool)
+    np.testing.assert_array_equal(np.asarray(others[0][0][1]) == 0, zero)
 
 
 def test_logits_of_all_tokens_never_exist():

@@ -69,7 +69,7 @@ def test_nan_rows_give_valid_indices_and_nan_weights():
 def test_dropless_layer_equals_a_loop_over_tokens(experts, key):
     """Degenerate routing too: one expert takes every token, another none."""
     config = lm.LanguageModelConfig(width=6, num_experts=5, experts_per_token=2, expert_width=4, init_std=0.5)
-    params = jax.tree.map(lambda leaf: leaf[0], lm.init_params(key, config)["layers"]["feed_forward"])
+    params = jax.tree.map(lambda leaf: leaf[0], lm_decoder.parameters(config)["layers"]["feed_forward"])
     x = jax.random.normal(key, (2, 17, 6))
     if experts == "all_to_one":
         x = jnp.abs(x)

@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrl_suite import lm
 from jaxrl_suite.testing import assert_close
 from jaxrl_suite.types import Parallel
+from tests.reference import lm_decoder
 
 CONFIG = lm.LanguageModelConfig(
     vocab_size=32, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, ffn_width=8, init_std=0.3
@@ -30,7 +31,7 @@ def tensor_parallel():
 
 def test_same_code_on_shards_with_variance_checking(key):
     """Heads and hidden columns over tp, batch over dp: loss and every gradient equal one device's."""
-    params = lm.init_params(key, CONFIG)
+    params = lm_decoder.parameters(CONFIG)
     tokens = jax.random.randint(key, (4, 8), 0, CONFIG.vocab_size)
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("dp", "tp"))
     specs = jax.tree.map(lambda _: P(), params)
