@@ -24,16 +24,19 @@ STEP_LENGTH = 3
 COMPLETION_LENGTH = MAX_STEPS * STEP_LENGTH + 5
 
 
-def draw_prompts(key: PRNGKey, number: int) -> tuple[Array, Array]:
+def draw_prompts(key: PRNGKey, number: int, *, digits: int = 2) -> tuple[Array, Array]:
     """Prompts int32 [number, 6] and their mask; no padding is needed.
 
     Args:
         key: consumed.
         number: how many.
+        digits: of each summand, 1 or 2; shorter ones are written with a leading zero.
     """
-    digits = jax.random.randint(key, (number, 4), 0, 10, jnp.int32)
+    drawn = jax.random.randint(key, (number, 4), 0, 10, jnp.int32)
+    kept = jnp.array([digits > 1, True, digits > 1, True])
+    operands = jnp.where(kept, drawn, 0)
     plus = jnp.full((number, 1), PLUS, jnp.int32)
-    tokens = jnp.concatenate([digits[:, :2], plus, digits[:, 2:], plus - PLUS + EQUALS], axis=1)
+    tokens = jnp.concatenate([operands[:, :2], plus, operands[:, 2:], plus - PLUS + EQUALS], axis=1)
     return tokens, jnp.ones(tokens.shape, bool)
 
 
@@ -43,15 +46,16 @@ def answer_digits(prompts: Array) -> Array:
     return jnp.stack([total % 10, total // 10 % 10, total // 100], axis=1)
 
 
-def supervised_batch(key: PRNGKey, number: int) -> SupervisedBatch:
+def supervised_batch(key: PRNGKey, number: int, *, digits: int = 2) -> SupervisedBatch:
     """Correct traces with 0 to 4 steps, equally often.
 
     Args:
         key: consumed.
         number: rows.
+        digits: of each summand.
     """
     prompt_key, step_key = jax.random.split(key)
-    prompts, _ = draw_prompts(prompt_key, number)
+    prompts, _ = draw_prompts(prompt_key, number, digits=digits)
     count = jax.random.randint(step_key, (number,), 0, MAX_STEPS + 1, jnp.int32)
     low, high = prompts[:, 1] + prompts[:, 4], prompts[:, 0] + prompts[:, 3]
     columns = [(low % 10, low // 10), (high % 10, high // 10)]

@@ -21,6 +21,28 @@ def _ramp(weights: Array, num_steps: int) -> pareto.WeightRule:
     return pareto.scheduled_weights(schedule)
 
 
+def sweep_weights(weights: Array, cycles: Any, num_steps: int) -> pareto.WeightRule:
+    """The first objective keeps its weight, the others take turns: a preference that travels along the front (ours).
+
+    The share of objective i of the others follows ``1 + cos(2 pi (cycles t / num_steps - i / number of others))``.
+
+    Args:
+        weights: [K], on the simplex, K at least 3.
+        cycles: rounds in the whole run; half a round with two others goes from one end to the other once.
+        num_steps: length of the run.
+    """
+    others = weights.shape[0] - 1
+    phase = jnp.arange(others, dtype=weights.dtype) / others
+
+    def schedule(step: Array) -> Array:
+        turn = jnp.asarray(cycles, weights.dtype) * step.astype(weights.dtype) / max(1, num_steps)
+        bumps = 1 + jnp.cos(2 * jnp.pi * (turn - phase))
+        rest = (1 - weights[0]) * bumps / jnp.sum(bumps)
+        return jnp.concatenate([weights[:1], rest])
+
+    return pareto.scheduled_weights(schedule)
+
+
 # name -> rule(weights [K], rate, number of steps)
 RULES: dict[str, Callable[[Array, Any, int], pareto.WeightRule]] = {
     "fixed": lambda w, rate, n: pareto.fixed_weights(w),
@@ -36,6 +58,7 @@ RULES: dict[str, Callable[[Array, Any, int], pareto.WeightRule]] = {
     "gdpo": lambda w, rate, n: pareto.gdpo_weights(w),
     "mo_grpo": lambda w, rate, n: pareto.mo_grpo_weights(w),
     "lagrangian": lambda w, rate, n: pareto.lagrangian_weights(w, jnp.full_like(w, 0.8), 0.05),
+    "sweep": lambda w, rate, n: sweep_weights(w, 1.0, n),
     "famo": lambda w, rate, n: pareto.famo_weights(w, jnp.full_like(w, 1.01)),
 }
 

@@ -42,7 +42,7 @@ def _average(state: AverageState, value: Array, decay: float) -> tuple[AverageSt
     return AverageState(average, count), average / (1 - decay ** count.astype(value.dtype))
 
 
-def saw_weights(weights: Array, *, decay: float = 0.0) -> WeightRule:
+def saw_weights(weights: Array, *, decay: Array | float = 0.0) -> WeightRule:
     """Weights by the coefficient of variation of each reward over the batch: what still varies still teaches.
 
     ``w_i ~ base_i * std_i / (|mean_i| + 1e-6)``, optionally averaged over steps. If no reward varies, the base weights.
@@ -55,7 +55,8 @@ def saw_weights(weights: Array, *, decay: float = 0.0) -> WeightRule:
         arXiv 2606.07705 (SAW), as summarised publicly: weights from the batch coefficient of variation.
     """
     weights = check_simplex(weights)
-    check(0 <= decay < 1, argument="decay", value=decay, rule="must lie in [0, 1)")
+    known = not isinstance(decay, jax.core.Tracer)
+    check(not known or bool(0 <= decay < 1), argument="decay", value=decay, rule="must lie in [0, 1)")
 
     def init() -> AverageState:
         return AverageState(jnp.zeros_like(weights), jnp.zeros((), jnp.int32))

@@ -316,7 +316,7 @@ def hypervolume_gradient(point: Array, points: Array, reference: Array, *, mask:
 
 
 def hypervolume_gradient_weights(
-    weights: Array, reference: Array, *, front: Array | None = None, capacity: int = 64, mixing: float = 0.0
+    weights: Array, reference: Array, *, front: Array | None = None, capacity: int = 64, mixing: Array | float = 0.0
 ) -> WeightRule:
     """Weights along the gradient of the hypervolume: ``w ~ dHV(P + J) / dJ`` (not in the paper).
 
@@ -337,7 +337,8 @@ def hypervolume_gradient_weights(
     """
     weights = check_simplex(weights)
     reference = jnp.asarray(reference, weights.dtype)
-    check(0 <= mixing <= 1, argument="mixing", value=mixing, rule="must lie in [0, 1]")
+    known = not isinstance(mixing, jax.core.Tracer)
+    check(not known or bool(0 <= mixing <= 1), argument="mixing", value=mixing, rule="must lie in [0, 1]")
 
     def step(state: Archive, signals: Signals) -> tuple[Archive, Array]:
         point = _need(signals.objectives, "objectives").astype(weights.dtype)
