@@ -99,19 +99,21 @@ class StepCode(NamedTuple):
     given: Array
 
 
-def step_code(belief: Array, action_law: Array, rate: Array, encoder: EncoderName = "greedy") -> StepCode:
+def step_code(belief: Array, action_law: Array, rate: Array | None, encoder: EncoderName = "greedy") -> StepCode:
     """What source, agent and receiver compute alike at one step.
 
     Args:
         belief: [N], law over messages.
         action_law: [A], base policy at the state.
-        rate: [], bits of the code.
+        rate: [], bits of the code; None sends the message itself, which is the game without a limit.
         encoder: bounded encoder, or uniform bins, fixed or re-drawn by the belief.
 
     Returns:
         Labels and law of the action given each message. Averaged over the belief it is ``action_law``.
     """
-    if encoder == "greedy":
+    if rate is None:
+        labels, code = jnp.arange(belief.shape[0], dtype=jnp.int32), belief
+    elif encoder == "greedy":
         labels, code = code_at_rate(belief, rate)
     else:
         labels = uniform_labels(belief, rate, adaptive=encoder == "uniform_adaptive")
@@ -303,9 +305,11 @@ def enumerate_game(
     terminal: Array,
     start: Array,
     num_messages: int,
-    rate: Array | float,
+    rate: Array | float | None,
 ) -> ExactGame:
     """Exact accuracy of a game with deterministic moves and a short horizon: all ``A ** H`` action sequences.
+
+    Differentiable in the policies, through every coupling on the way (almost everywhere: a tie is a jump).
 
     Args:
         policies: [H, S, A], base policy of each step.
@@ -314,12 +318,13 @@ def enumerate_game(
         terminal: bool [S].
         start: int32 [].
         num_messages: N, uniform.
-        rate: [], bits a step.
+        rate: [], bits a step; None for no limit.
 
     Returns:
         Exact expectations.
     """
-    return _enumerate(policies, successors, reward, terminal, start, num_messages, jnp.asarray(rate, policies.dtype))
+    rate = None if rate is None else jnp.asarray(rate, policies.dtype)
+    return _enumerate(policies, successors, reward, terminal, start, num_messages, rate)
 
 
 @functools.partial(jax.jit, static_argnames="num_messages")

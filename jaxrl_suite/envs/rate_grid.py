@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 
 from jaxrl_suite.config import Config, check, field
-from jaxrl_suite.mdp import TabularMDP, soft_value_iteration, tabular_mdp
+from jaxrl_suite.mdp import TabularMDP, soft_backward_induction, soft_value_iteration, tabular_mdp
 from jaxrl_suite.types import Array, Environment, PRNGKey, TimeStep
 
 _MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # up, right, down, left: turning is a step in this list
@@ -108,7 +108,7 @@ def rate_grid(config: RateGridConfig) -> RateGrid:
     return RateGrid(mdp, jnp.asarray(entry, dtype), jnp.asarray(terminal), start, config.horizon)
 
 
-def soft_policy(grid: RateGrid, temperature: float | Array) -> Array:
+def soft_policy(grid: RateGrid, temperature: float | Array, *, horizon: int | None = None) -> Array:
     """Maximum-entropy policy ``[S, A]`` by soft value iteration; the value of a terminal state is zero.
 
     Entropy would go on to be paid in a terminal state for ever. A reward of ``-temperature log A`` there cancels it
@@ -117,14 +117,18 @@ def soft_policy(grid: RateGrid, temperature: float | Array) -> Array:
     Args:
         grid: the world.
         temperature: beta, reward a nat.
+        horizon: plan exactly for so many steps instead, by backward induction.
 
     Returns:
-        Probabilities [S, A].
+        Probabilities [S, A], or [H, S, A] with a horizon.
     """
     temperature = jnp.asarray(temperature, grid.mdp.reward.dtype)
     silent = -temperature * jnp.log(jnp.asarray(grid.mdp.num_actions, temperature.dtype))
     reward = jnp.where(grid.terminal[:, None], silent, grid.mdp.reward)
-    return soft_value_iteration(grid.mdp.replace(reward=reward), temperature).policy.probs
+    mdp = grid.mdp.replace(reward=reward)
+    if horizon is not None:
+        return soft_backward_induction(mdp, temperature, horizon=horizon).policy.probs
+    return soft_value_iteration(mdp, temperature).policy.probs
 
 
 def next_state(key: PRNGKey, grid: RateGrid, state: Array, action: Array) -> Array:
