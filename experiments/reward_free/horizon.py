@@ -8,12 +8,11 @@ import jax
 import numpy as np
 
 from experiments.common.study import Result, Study
-from experiments.reward_free.measures import bank_of, errorbars, measure
+from experiments.reward_free.measures import bank_of, errorbars, measure_settled
 from experiments.reward_free.presets import PRESETS
 from jaxrl_suite.config import Config, field
 from jaxrl_suite.envs.mixtures import lock
 from jaxrl_suite.reward_free import ExplorerConfig
-from jaxrl_suite.reward_free.config import HParams
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,11 +32,13 @@ _SHOWN = ("uncertainty", "value_error", "certificate")
 class HorizonConfig(Config):
     """Horizons and effort. The world is the lock with S = 8, A = 3, D = 5."""
 
-    horizons: tuple[int, ...] = field((8, 16, 32, 64, 128, 256), help="horizons H")
+    horizons: tuple[int, ...] = field((8, 16, 64, 256, 1024), help="horizons H")
     num_episodes: int = field(100, help="episodes K")
-    num_runs: int = field(4, help="independent runs a point")
-    ascent_steps: int = field(10, help="ascent steps of the oracle to start from")
-    max_doublings: int = field(2, help="ascent steps are doubled until the uncertainty moves by less than 2 percent")
+    num_runs: int = field(16, help="independent runs a point")
+    ascent_steps: int = field(10, help="ascent steps of the oracle an episode")
+    max_doublings: int = field(
+        6, help="at the end the steps are doubled until the uncertainty of the final data moves by less than 2 percent"
+    )
     num_random_rewards: int = field(30, help="random rewards in the bank")
     kinds: tuple[str, ...] = field(tuple(_KINDS), help="explorers")
 
@@ -53,30 +54,29 @@ def run(run: "Run") -> Result:
         arrays |= {f"{kind}/{horizon}/{name}": value for name, value in found.items()}
     summary: dict[str, float | int | str | bool | None] = {}
     for kind in config.kinds:
-        for name in ("uncertainty", "value_error"):
+        for name in ("uncertainty", "value_error", "loss"):
             curve = np.array([arrays[f"{kind}/{h}/{name}"].mean() for h in config.horizons])
             late = curve[np.array(config.horizons) >= 16] if max(config.horizons) > 16 else curve
             summary[f"{kind}/{name}_max_over_min"] = float(late.max() / late.min())
             summary[f"{kind}/{name}_growth"] = float(late[-1] / late[0])
             summary[f"{kind}/{name}_at_last_horizon"] = float(curve[-1])
-        summary[f"{kind}/largest_ascent_steps"] = int(max(arrays[f"{kind}/{h}/ascent_steps"] for h in config.horizons))
+        summary[f"{kind}/settled"] = bool(all(arrays[f"{kind}/{h}/settled"] for h in config.horizons))
+        # Effort after the first two entries (which both cost the first number of steps) doubles.
+        lengths = [len(arrays[f"{kind}/{h}/effort"]) for h in config.horizons]
+        summary[f"{kind}/largest_ascent_steps"] = config.ascent_steps * 2 ** (max(lengths) - 1)
     return Result(summary, arrays | {"horizons": np.array(config.horizons), "kinds": np.array(config.kinds)})
 
 
 def _point(world, config: HorizonConfig, kind: str, horizon: int, keys) -> dict[str, np.ndarray]:
-    bank, steps, last = bank_of(world, horizon, num_random=config.num_random_rewards), config.ascent_steps, None
-    for doubling in range(config.max_doublings + 1):
-        settings = ExplorerConfig(
-            horizon=horizon, num_episodes=config.num_episodes, ascent_steps=steps, output="final", **_KINDS[kind]
-        )
-        found = measure(world, settings, HParams(), keys, bank)
-        found = {name: found[name] for name in (*_SHOWN, "loss")}
-        value = found["uncertainty"].mean()
-        settled = last is not None and abs(value - last) <= 0.02 * last
-        if kind == "ucrl_rfe" or settled or doubling == config.max_doublings:
-            break
-        last, steps = value, 2 * steps
-    return {**found, "ascent_steps": np.array(steps), "settled": np.array(kind == "ucrl_rfe" or settled)}
+    bank = bank_of(world, horizon, num_random=config.num_random_rewards)
+    settings = ExplorerConfig(
+        horizon=horizon,
+        num_episodes=config.num_episodes,
+        ascent_steps=config.ascent_steps,
+        output="final",
+        **_KINDS[kind],
+    )
+    return measure_settled(world, settings, keys, bank, max_doublings=config.max_doublings)
 
 
 def figures(result: Result) -> Mapping[str, "Figure"]:

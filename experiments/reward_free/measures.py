@@ -20,10 +20,15 @@ from jaxrl_suite.reward_free import (
     init_explorer,
     plan,
     reward_bank,
+    search_rewards,
     suboptimality,
     value_error,
 )
 from jaxrl_suite.reward_free.config import HParams
+from jaxrl_suite.reward_free.hf import HFState, exploration_radius, pooled
+from jaxrl_suite.reward_free.oracles import start_logits
+from jaxrl_suite.reward_free.radius import scales
+from jaxrl_suite.reward_free.regression import fit
 
 WORLDS: dict[str, Callable[[], LinearMixtureMDP]] = {
     "lock": mixtures.lock,
@@ -106,7 +111,7 @@ def measure_path(
     for start in range(0, episodes[-1], chunk):
         state, history = _advance_seeds(world, config, state, jnp.int32(start), chunk)
         if start + chunk in episodes:
-            rows.append(_read_seeds(world, config, state, history, bank))
+            rows.append(_read_seeds(world, config, state, history, bank)[:3])
     names = ("uncertainty", "loss", "value_error")
     return {name: np.array([row[index] for row in rows]) for index, name in enumerate(names)}
 
@@ -122,9 +127,75 @@ def _read_seeds(world, config, state, history, bank):
         found = finish(world, config, HParams(), state, history)
         planned = plan(found, bank).actions
         losses = suboptimality(world, planned, bank)
-        return history.uncertainty[-1], jnp.max(losses), jnp.max(value_error(world, found, planned, bank))
+        error = jnp.max(value_error(world, found, planned, bank))
+        sealed = certificate(world, config, HParams(), found, scale=1.3).bound
+        return history.uncertainty[-1], jnp.max(losses), error, sealed
 
     return jax.vmap(one)(state, history)
+
+
+def measure_settled(
+    world: LinearMixtureMDP,
+    config: ExplorerConfig,
+    keys: jax.Array,
+    bank: jax.Array,
+    *,
+    max_doublings: int,
+    tolerance: float = 0.02,
+) -> dict[str, np.ndarray]:
+    """As :func:`measure`, with the uncertainty value of the final statistics searched for until it settles.
+
+    The oracle's effort is doubled, each time from where it stopped, until the mean over the runs moves by less than
+    ``tolerance``. A search that weakens with the size of the problem would otherwise understate the uncertainty.
+
+    Args:
+        world: the world.
+        config: with ``output="final"``.
+        keys: [seeds].
+        bank: [R, H, S, A].
+        max_doublings: most doublings.
+        tolerance: relative change below which the value has settled.
+
+    Returns:
+        As :func:`measure`; "uncertainty" is the settled value, "played_uncertainty" that of the last episode, "effort"
+        [doublings + 1, seeds] the value after ``ascent_steps`` times 1, 2, 4, ...; "settled" whether it settled.
+    """
+    state = jax.vmap(lambda key: init_explorer(key, world, config, HParams()))(keys)
+    state, history = _advance_seeds(world, config, state, jnp.int32(0), config.num_episodes)
+    names = ("uncertainty", "loss", "value_error", "certificate")
+    found = {n: np.asarray(x) for n, x in zip(names, _read_seeds(world, config, state, history, bank), strict=True)}
+    found["played_uncertainty"] = found["uncertainty"]
+    if not isinstance(state.inner, HFState):  # the predecessors plan for their uncertainty exactly
+        return found | {"effort": found["uncertainty"][None], "settled": np.array(True)}
+    inner = state.inner
+    logits = inner.answer.logits
+    curve, settled, steps = [found["uncertainty"]], False, 1
+    starts = jax.vmap(lambda k, w: start_logits(k, w, config.num_starts))(keys, logits)
+    for _ in range(max_doublings + 1):
+        for _ in range(steps):
+            logits, score = _search_seeds(world, config, inner.statistics, starts)
+            starts = starts.at[:, 0].set(logits)  # the best stays a start, so that the value never falls
+        curve.append(np.clip(np.asarray(score), 0.0, 1.0))
+        settled = len(curve) > 2 and abs(curve[-1].mean() - curve[-2].mean()) <= tolerance * curve[-2].mean()
+        if settled:
+            break
+        steps = steps if len(curve) == 2 else 2 * steps
+    return found | {"uncertainty": curve[-1], "effort": np.stack(curve[1:]), "settled": np.array(settled)}
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _search_seeds(world, config, statistics, starts):
+    def one(statistics, starts):
+        sizes = scales(world, config, HParams())
+        radius = exploration_radius(config, HParams(), sizes, statistics)
+        inverse = fit(statistics).inverse
+        hat = inverse[-1, 0] * (radius[-1] / radius[0]) ** 2
+        rate = jnp.asarray(HParams().ascent_rate, hat.dtype)
+        return search_rewards(
+            world, pooled(statistics), inverse[0, 0], hat, radius[0], starts, rate, num_steps=config.ascent_steps
+        )
+
+    return jax.vmap(one)(statistics, starts)
 
 
 def bank_of(world: LinearMixtureMDP, horizon: int, *, num_random: int = 30) -> jax.Array:

@@ -16,7 +16,7 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
             "num_random_rewards": 5,
         },
         "default": {},
-        "paper": {"horizons": (8, 16, 32, 64, 128, 256, 512, 1024), "num_runs": 16, "max_doublings": 4},
+        "paper": {"horizons": (8, 16, 32, 64, 128, 256, 512, 1024), "num_runs": 64},
     },
     "baselines": {
         "smoke": {
@@ -62,6 +62,11 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
         "default": {},
         "paper": {"num_episodes": 1000, "num_rewards": 20_000},
     },
+    "own_world": {
+        "smoke": {"num_episodes": 20, "horizon": 6},
+        "default": {},
+        "paper": {"algorithm": "ucrl_rfe", "num_episodes": 5000},
+    },
     "learned_ridge": {
         "smoke": {"num_runs": 4, "num_steps": 60, "num_grid": 15},
         "default": {},
@@ -70,6 +75,6 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
     "certificates": {
         "smoke": {"worlds": ("lock",), "num_chunks": 4, "chunk_episodes": 100, "horizon": 8},
         "default": {"chunk_episodes": 2000},
-        "paper": {"num_chunks": 80, "chunk_episodes": 2000},
+        "paper": {"chunk_episodes": 2000, "target": 0.25, "num_chunks": 200},
     },
 }

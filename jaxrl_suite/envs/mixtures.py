@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_suite.config import check
-from jaxrl_suite.mdp import LinearMixtureMDP, linear_mixture
+from jaxrl_suite.mdp import LinearMixtureMDP, linear_mixture, validate_mixture
 from jaxrl_suite.types import PRNGKey
 
 
@@ -42,19 +42,26 @@ def from_kernels(
     """
     kernels = np.asarray(kernels)
     check(
-        kernels.ndim == 4 and kernels.shape[1] == kernels.shape[3],
+        kernels.ndim == 4 and kernels.shape[1] == kernels.shape[3] and kernels.size > 0,
         argument="kernels",
         value=kernels.shape,
-        rule="shape must be [D, S, A, S]",
+        rule="shape must be [D, S, A, S], none of them 0",
     )
     used = np.any(kernels != 0, axis=0)
     width = int(used.sum(-1).max())
     # A stable sort by "unused" puts the successors first, in order; the padding has features 0.
     successors = np.argsort(~used, axis=-1, kind="stable")[..., :width]
     features = np.take_along_axis(kernels, successors[None], axis=-1)
-    return linear_mixture(
-        np.moveaxis(features, 0, -1), successors, theta, start=start, nominal=nominal, normalise=normalise
-    )
+    try:
+        return linear_mixture(
+            np.moveaxis(features, 0, -1), successors, theta, start=start, nominal=nominal, normalise=normalise
+        )
+    except ValueError as error:
+        if np.shape(theta) != kernels.shape[:1] or "is not a distribution" not in str(error):
+            raise
+        base = validate_mixture(kernels, theta).base_faults
+        hint = f" Base kernels that are not distributions: {'; '.join(map(str, base[:3]))}." if base else ""
+        raise ValueError(f"{error}{hint}") from None
 
 
 def from_tables(
@@ -75,14 +82,27 @@ def from_tables(
     """
     nominal = None
     if isinstance(tables, str | Path):
-        with np.load(tables) as stored:
-            missing = [name for name in ("kernels", "theta") if name not in stored]
-            check(not missing, argument="tables", value=str(tables), rule=f"the file lacks {missing}")
-            arrays = {name: stored[name] for name in stored.files}
+        arrays = _read_tables(tables)
         tables, theta = arrays["kernels"], arrays["theta"] if theta is None else theta
         start, nominal = int(arrays.get("start", start)), arrays.get("nominal")
     check(theta is not None, argument="theta", value=theta, rule="is needed with kernels given as an array")
-    return from_kernels(tables, cast(np.ndarray, theta), start=start, nominal=nominal)
+    return from_kernels(cast(np.ndarray, tables), cast(np.ndarray, theta), start=start, nominal=nominal)
+
+
+def _read_tables(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of an ``.npz``, none of them pickled."""
+    try:
+        stored = np.load(path)
+        arrays = {name: stored[name] for name in stored.files}
+        stored.close()
+    except (ValueError, AttributeError) as error:  # not a zip of arrays: np.load tries to unpickle, or gives one array
+        raise ValueError(
+            f"tables={str(path)!r}: must be an .npz of number arrays ({error}). "
+            "Remedy: numpy.savez(path, kernels=kernels, theta=theta)."
+        ) from None
+    missing = [name for name in ("kernels", "theta") if name not in arrays]
+    check(not missing, argument="tables", value=str(path), rule=f"the file lacks {missing}")
+    return arrays
 
 
 def lock(

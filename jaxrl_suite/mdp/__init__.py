@@ -27,11 +27,14 @@ from jaxrl_suite.mdp.tabular import (
     policy_kernel,
     tabular_mdp,
 )
+from jaxrl_suite.mdp.validation import MixtureReport, RowFault, validate_mixture
 
 __all__ = [
     "FinitePlan",
     "LinearMixtureMDP",
+    "MixtureReport",
     "PlanOutput",
+    "RowFault",
     "SoftPlan",
     "TabularMDP",
     "action_probabilities",
@@ -52,5 +55,6 @@ __all__ = [
     "soft_value_iteration",
     "step_index",
     "tabular_mdp",
+    "validate_mixture",
     "value_iteration",
 ]

@@ -116,7 +116,14 @@ def linear_mixture(
         Zhang, Zhang, Gu, 2023, arXiv 2303.10165, definition of linear mixture MDPs.
     """
     features = np.asarray(features)
-    check(features.ndim == 4, argument="features", value=features.shape, rule="shape must be [S, A, N, D]")
+    check(
+        features.ndim == 4 and features.size > 0,
+        argument="features",
+        value=features.shape,
+        rule="shape must be [S, A, N, D], none of them 0",
+    )
+    if not np.issubdtype(features.dtype, np.floating):
+        features = features.astype(np.float64)  # tables of 0 and 1 are often integers
     successors, theta = np.asarray(successors), np.asarray(theta, features.dtype)
     states, _, _, dimension = features.shape
     check(

@@ -5,6 +5,7 @@ from jaxrl_suite.reward_free.config import ExplorerConfig, HParams, paper_num_mo
 from jaxrl_suite.reward_free.explorer import ExplorerState, advance, explore, finish, init_explorer
 from jaxrl_suite.reward_free.moments import MomentWeights, moment_weights, squared_powers
 from jaxrl_suite.reward_free.planning import Policies, plan, policy_values, suboptimality, value_error
+from jaxrl_suite.reward_free.precision import PrecisionWarning, rounding_error
 from jaxrl_suite.reward_free.projection import Projection, project_parameter
 from jaxrl_suite.reward_free.radius import paper_radius, self_normalised_radius
 from jaxrl_suite.reward_free.regression import ridge_residual, weighted_ridge, width
@@ -29,6 +30,7 @@ __all__ = [
     "HParams",
     "MomentWeights",
     "Policies",
+    "PrecisionWarning",
     "Projection",
     "Record",
     "UncertaintyOutput",
@@ -50,6 +52,7 @@ __all__ = [
     "project_parameter",
     "reward_bank",
     "ridge_residual",
+    "rounding_error",
     "search_rewards",
     "self_normalised_radius",
     "squared_powers",

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from jaxrl_suite.config import check
 from jaxrl_suite.mdp import LinearMixtureMDP, integrated_features
-from jaxrl_suite.reward_free.config import ExplorerConfig, HParams
+from jaxrl_suite.reward_free.config import WIDTH_ALGORITHMS, ExplorerConfig, HParams
+from jaxrl_suite.reward_free.hf import num_families
 from jaxrl_suite.reward_free.radius import confidence_radius, least_deviation, scales
 from jaxrl_suite.reward_free.regression import RidgeStatistics, fit, width
 from jaxrl_suite.reward_free.types import Exploration
@@ -19,7 +20,7 @@ class CertificateOutput(NamedTuple):
     """Bounds on ``V*(start; r) - V^pi_r(start; r)`` for every reward of the class at once, on the good event.
 
     Attributes:
-        bound: [], the smaller of the two below, at most 1.
+        bound: [], the smaller of the two below, at most 1; 1 if a factorisation failed (``Exploration.finite``).
         decoupled: [], ``4 Vbar``, the decoupled bound in the paper's constants (the pooled one for a single family).
         pooled: [], ``2 W`` in the norm of all data together; what a model error at the planned parameter can cost.
         radius: [F], confidence radii that both rest on.
@@ -68,7 +69,8 @@ def certificate(
         The bounds.
 
     Raises:
-        ValueError: the plan comes from the one-hot refit or from counts, which these covariances do not bound.
+        ValueError: the plan comes from the one-hot refit or from counts, which these covariances do not bound; the
+            configuration is not that of the exploration.
 
     References:
         Zhang, Zhang, Gu, 2023, arXiv 2303.10165, lemma on the suboptimality of the plan; derivation above.
@@ -81,6 +83,15 @@ def certificate(
         remedy='Explore with planner_estimator="pooled"',
     )
     estimate = exploration.estimate
+    families = num_families(config) if config.algorithm not in WIDTH_ALGORITHMS else 1
+    made = estimate.gram.shape[0]
+    check(
+        made == families,
+        argument="config",
+        value=(config.algorithm, config.families, config.targets),
+        rule=f"asks for {families} regressions where the exploration was made with {made}",
+        remedy="Pass the configuration of the exploration",
+    )
     sizes = scales(mdp, config, hparams)
     radius = scale * confidence_radius(
         config.radius,
@@ -98,7 +109,7 @@ def certificate(
     # Twice for the values of two policies, once for rows of phi . theta that miss a sum of 1 by as much.
     slack = 3.0 * config.horizon * rounding
     centred = config.project  # an unprojected estimate may have rows that do not sum to 1
-    values = _optimistic(
+    values = optimistic_total(
         mdp, config.horizon, estimate.theta, rho * width_bound(mdp, joint, centred=centred), rho, joint
     )
     pooled = 2.0 * values[0, mdp.start] + slack
@@ -106,13 +117,14 @@ def certificate(
     if inverses.shape[0] == 2:
         beta = jnp.max(radius)  # the paper's argument knows one radius
         tilde = beta * width_bound(mdp, inverses[0], centred=False)
-        paper = _optimistic(mdp, config.horizon, estimate.theta, tilde, 2.0 * beta, inverses[1])
+        paper = optimistic_total(mdp, config.horizon, estimate.theta, tilde, 2.0 * beta, inverses[1])
         decoupled = 4.0 * paper[0, mdp.start] + slack
     bound = jnp.minimum(1.0, jnp.minimum(pooled, decoupled))
+    bound = jnp.where(exploration.finite & jnp.isfinite(bound), bound, 1.0)  # nothing is known after a failure
     return CertificateOutput(bound, decoupled, pooled, radius, slack, values)
 
 
-def _optimistic(
+def optimistic_total(
     mdp: LinearMixtureMDP, horizon: int, theta: Array, surprise: Array, bonus: Array, inverse: Array
 ) -> Array:
     """``W_h = max_a clip01(surprise + phi_W . theta + bonus |phi_W|)``, [H + 1, S]."""

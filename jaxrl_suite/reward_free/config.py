@@ -14,6 +14,7 @@ AlgorithmName = Literal[
     "unweighted",
     "uniform",
 ]
+WIDTH_ALGORITHMS = ("ucrl_rfe", "ucrl_rfe_plus")  # one regression each that plans and certificates read
 RadiusMode = Literal["paper", "selfnorm", "fixed", "subgaussian"]
 
 

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_suite.config import check
-from jaxrl_suite.mdp import LinearMixtureMDP
+from jaxrl_suite.mdp import LinearMixtureMDP, check_kernel
 from jaxrl_suite.reward_free.baselines import (
     CountState,
     count_episode,
@@ -17,14 +18,14 @@ from jaxrl_suite.reward_free.baselines import (
     init_width,
     width_episode,
 )
-from jaxrl_suite.reward_free.config import ExplorerConfig, HParams
+from jaxrl_suite.reward_free.config import WIDTH_ALGORITHMS, ExplorerConfig, HParams
 from jaxrl_suite.reward_free.hf import hf_episode, init_hf, pooled
+from jaxrl_suite.reward_free.precision import rounding_error, warn_if_imprecise
 from jaxrl_suite.reward_free.projection import project_parameter
 from jaxrl_suite.reward_free.regression import RidgeStatistics, fit
+from jaxrl_suite.reward_free.rewards import check_rewards
 from jaxrl_suite.reward_free.types import Estimate, Exploration, Record
 from jaxrl_suite.types import Array, PRNGKey
-
-_WIDTH_ALGORITHMS = ("ucrl_rfe", "ucrl_rfe_plus")
 
 
 class ExplorerState(NamedTuple):
@@ -63,7 +64,12 @@ def explore(
         History, statistics, estimate and model.
 
     Raises:
-        ValueError: a reward is missing, superfluous, or of the wrong shape.
+        ValueError: a reward is missing, superfluous, of the wrong shape, or outside the class (the path is named); a
+            concrete hyperparameter cannot be.
+
+    Warns:
+        PrecisionWarning: in float32, if rounding may reach the confidence radius at these sizes. What happened is in
+            ``Exploration.precise``.
 
     References:
         Zhang, Zhang, Gu, 2023, arXiv 2303.10165 (HF-UCRL-RFE++); Zhang, Zhou, Gu, 2021, arXiv 2110.06394 (UCRL-RFE and
@@ -71,6 +77,9 @@ def explore(
     """
     hparams = HParams() if hparams is None else hparams
     _check_reward(mdp, config, reward)
+    _check_hparams(hparams)
+    _check_world(mdp)
+    warn_if_imprecise(mdp, config, hparams)
     state = init_explorer(key, mdp, config, hparams)
     state, history = advance(mdp, config, hparams, state, jnp.int32(0), config.num_episodes, reward=reward)
     return finish(mdp, config, hparams, state, history)
@@ -80,7 +89,7 @@ def init_explorer(key: PRNGKey, mdp: LinearMixtureMDP, config: ExplorerConfig, h
     """The state before the first episode."""
     if config.algorithm == "rf_ucrl":
         return ExplorerState(key, init_counts(mdp, config))
-    if config.algorithm in _WIDTH_ALGORITHMS:
+    if config.algorithm in WIDTH_ALGORITHMS:
         return ExplorerState(key, init_width(mdp, config, hparams))
     return ExplorerState(key, init_hf(mdp, config, hparams))
 
@@ -114,7 +123,7 @@ def advance(
     play_episode = hf_episode
     if config.algorithm == "rf_ucrl":
         play_episode = count_episode
-    elif config.algorithm in _WIDTH_ALGORITHMS:
+    elif config.algorithm in WIDTH_ALGORITHMS:
         play_episode = width_episode
 
     def body(inner: Any, episode: Array) -> tuple[Any, Record]:
@@ -132,7 +141,7 @@ def finish(
     inner = state.inner
     if config.algorithm == "rf_ucrl":
         return _finish_counts(mdp, config, inner, history)
-    if config.algorithm in _WIDTH_ALGORITHMS:
+    if config.algorithm in WIDTH_ALGORITHMS:
         chosen = finish_width(config, inner, history)
     elif config.output == "final":
         chosen = Estimate(
@@ -149,6 +158,7 @@ def finish(
         theta, metric = fit(inner.onehot).theta, inner.onehot.gram
     theta, model, residual = kernel_of(mdp, config, theta, metric)
     finite = inner.finite & jnp.all(jnp.isfinite(model))
+    rounding = rounding_error(metric, theta)
     return Exploration(
         history,
         inner.statistics,
@@ -158,6 +168,9 @@ def finish(
         mdp.start,
         residual,
         finite,
+        mdp.mask,
+        rounding,
+        rounding <= 0.1 * jnp.min(history.radius[-1]),
     )
 
 
@@ -173,7 +186,8 @@ def _finish_counts(mdp: LinearMixtureMDP, config: ExplorerConfig, state: CountSt
     )
     visits = RidgeStatistics(jnp.sum(state.counts, axis=-1), state.counts)
     model, zero = empirical_kernel(mdp, state.counts), jnp.zeros((), dtype)
-    return Exploration(history, visits, chosen, model, mdp.successors, mdp.start, zero, jnp.array(True))
+    true = jnp.array(True)
+    return Exploration(history, visits, chosen, model, mdp.successors, mdp.start, zero, true, mdp.mask, zero, true)
 
 
 def kernel_of(mdp: LinearMixtureMDP, config: ExplorerConfig, theta: Array, gram: Array) -> tuple[Array, Array, Array]:
@@ -205,3 +219,25 @@ def _check_reward(mdp: LinearMixtureMDP, config: ExplorerConfig, reward: Array |
         value=None if reward is None else reward.shape,
         rule=f"must be [H, S, A] = {shape}",
     )
+    if reward is not None:
+        check_rewards(mdp, reward, "reward")
+
+
+def _check_world(mdp: LinearMixtureMDP) -> None:
+    """A concrete world must be a kernel; names the row that is not a distribution."""
+    parts = (mdp.features, mdp.theta)
+    if not any(isinstance(part, jax.core.Tracer) for part in parts):
+        check_kernel(np.asarray(mdp.features) @ np.asarray(mdp.theta), "mdp: kernel")
+
+
+def _check_hparams(hparams: HParams) -> None:
+    """Concrete hyperparameters must make sense; traced ones (a sweep) are not looked at."""
+    for name, value in hparams._asdict().items():
+        if isinstance(value, jax.core.Tracer):
+            continue
+        values = np.asarray(value)
+        low = values > 0 if name in ("ridge_scale", "delta") else values >= 0
+        fits = bool(np.all(low & np.isfinite(values)))
+        fits = fits and (name != "delta" or bool(np.all(values < 1)))
+        rule = {"delta": "must be in (0, 1)", "ridge_scale": "must be positive"}.get(name, "must not be negative")
+        check(fits, argument=f"HParams.{name}", value=value, rule=rule)

@@ -236,12 +236,15 @@ def _play(
     powers = jnp.moveaxis(squared_powers(functions, moments), 0, 2)  # [H, F, M, S]
     draw_key, action_key = jax.random.split(key)
     uniforms = jax.random.uniform(draw_key, (config.horizon,), mdp.features.dtype)
-    random_actions = jax.random.randint(action_key, (config.horizon,), 0, mdp.num_actions)
+    rows = answer.policy
+    if config.algorithm == "uniform":
+        random_actions = jax.random.randint(action_key, (config.horizon,), 0, mdp.num_actions)
+        rows = jnp.broadcast_to(random_actions[:, None], rows.shape)
 
     def step(carry: tuple[Array, Array], inputs: tuple[Array, ...]) -> tuple[tuple[Array, Array], tuple]:
         state, running = carry
-        row, power, uniform, random_action = inputs
-        action = random_action if config.algorithm == "uniform" else row[state]
+        row, power, uniform = inputs
+        action = row[state]
         index = step_index(mdp, uniform, state, action)
         ahead = power[..., mdp.successors[state, action]]  # [F, M, N]
         if widest is not None:
@@ -260,7 +263,7 @@ def _play(
         following = mdp.successors[state, action, index]
         return (following, running), (following, action, index, features, targets, weights)
 
-    inputs = (answer.policy, powers, uniforms, random_actions)
+    inputs = (rows, powers, uniforms)
     _, (states, actions, indices, *samples) = jax.lax.scan(step, (mdp.start, solved.inverse), inputs)
     return _Played(jnp.concatenate([mdp.start[None], states]), actions, indices, *samples)
 

@@ -104,17 +104,15 @@ def smooth_oracle(
 def start_logits(key: PRNGKey, last: Array, num_starts: int) -> Array:
     """The last logits, then random one-step rewards ``r_{h0}(s, a) = 1[s in T]``; [L, H, S, A]."""
     horizon, states, _ = last.shape
-
-    def random_start(key: PRNGKey) -> Array:
-        step_key, set_key = jax.random.split(key)
-        step = jax.random.randint(step_key, (), min(1, horizon - 1), horizon)
-        chosen = jax.random.bernoulli(set_key, 0.5, (states,))
-        on = (jnp.arange(horizon) == step)[:, None, None] & chosen[None, :, None]
-        return jnp.broadcast_to(jnp.where(on, _ON, _OFF), last.shape).astype(last.dtype)
-
     if num_starts == 1:
         return last[None]
-    return jnp.concatenate([last[None], jax.vmap(random_start)(jax.random.split(key, num_starts - 1))])
+    # One draw for all starts: every call of the generator is compiled anew, and costs as much as a sweep.
+    uniforms = jax.random.uniform(key, (num_starts - 1, states + 1), last.dtype)
+    first = min(1, horizon - 1)
+    steps = first + jnp.floor(uniforms[:, 0] * (horizon - first)).astype(jnp.int32)
+    on = (jnp.arange(horizon) == steps[:, None])[:, :, None] & (uniforms[:, None, 1:] < 0.5)
+    drawn = jnp.where(on, _ON, _OFF).astype(last.dtype)[..., None]
+    return jnp.concatenate([last[None], jnp.broadcast_to(drawn, (num_starts - 1, *last.shape))])
 
 
 def optimistic_plan(

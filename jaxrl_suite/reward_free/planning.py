@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxrl_suite.config import check
 from jaxrl_suite.mdp import LinearMixtureMDP
+from jaxrl_suite.reward_free.rewards import check_rewards_on
 from jaxrl_suite.reward_free.types import Exploration
 from jaxrl_suite.types import Array
 
@@ -19,10 +20,13 @@ class Policies(NamedTuple):
     Attributes:
         actions: int32 [R, H, S], greedy; ties to the lowest index.
         values: [R], value of each plan at the start in the model that it was made with.
+        outside: bool [R], whether a value is above 1, negative or NaN: then the reward is outside the class (or the
+            model no kernel), and no certificate holds for its plan.
     """
 
     actions: Array
     values: Array
+    outside: Array
 
 
 def plan(exploration: Exploration, rewards: Array) -> Policies:
@@ -36,8 +40,11 @@ def plan(exploration: Exploration, rewards: Array) -> Policies:
         The plans.
 
     Raises:
-        ValueError: the rewards do not have the shape of the model.
+        ValueError: the rewards do not have the shape of the model; concrete rewards are negative or not finite (the
+            entry is named), or collect more than 1 along a path (it is named). Inside jit see ``Policies.outside``.
     """
+    if rewards.ndim == 4:
+        check_rewards_on(exploration.support, exploration.successors, exploration.start, rewards, "rewards")
     return plan_model(exploration.model, exploration.successors, exploration.start, rewards)
 
 
@@ -73,12 +80,12 @@ def _plan_block(model: Array, successors: Array, start: Array, rewards: Array) -
     lanes = jnp.transpose(rewards, (1, 2, 3, 0))
 
     def back(values: Array, reward: Array) -> tuple[Array, Array]:
-        best, action = _best_action(reward + _ahead(model, successors, values))
-        values = jnp.clip(best, 0.0, 1.0)  # rewards of the class cannot be worth more
-        return values, action
+        return _best_action(reward + _ahead(model, successors, values))
 
     values, policy = jax.lax.scan(back, jnp.zeros((states, rewards.shape[0]), model.dtype), lanes, reverse=True)
-    return Policies(jnp.moveaxis(policy, -1, 0), values[start])
+    worth = values[start]
+    slack = 1e-5 if jnp.finfo(model.dtype).bits < 64 else 1e-9
+    return Policies(jnp.moveaxis(policy, -1, 0), worth, (worth > 1.0 + slack) | ~(worth >= -slack))
 
 
 def policy_values(model: Array, successors: Array, start: Array, policies: Array, rewards: Array) -> Array:
@@ -106,7 +113,16 @@ def suboptimality(mdp: LinearMixtureMDP, policy: Array, rewards: Array) -> Array
 
     Returns:
         [R], not negative up to rounding.
+
+    Raises:
+        ValueError: policies and rewards do not fit each other or the model.
     """
+    check(
+        policy.shape == rewards.shape[:3],
+        argument="policy",
+        value=policy.shape,
+        rule=f"must be [R, H, S] with the rewards' R, H, S = {rewards.shape[:3]}",
+    )
     kernel = mdp.kernel()
     best = plan_model(kernel, mdp.successors, mdp.start, rewards).values
     return best - policy_values(kernel, mdp.successors, mdp.start, policy, rewards)

@@ -35,7 +35,11 @@ def longest_totals(mdp: LinearMixtureMDP, rewards: Array) -> Array:
     Returns:
         [H + 1, S], largest total from step h on; the last row is 0. Differentiable almost everywhere.
     """
-    mask, successors = mdp.mask, mdp.successors
+    return totals_on(mdp.mask, mdp.successors, rewards)
+
+
+def totals_on(mask: Array, successors: Array, rewards: Array) -> Array:
+    """:func:`longest_totals` on lists [S, A, N] of successors and which of them count."""
 
     def back(totals: Array, step_reward: Array) -> tuple[Array, Array]:
         # Totals are non-negative, so 0 may stand for the successors that do not exist.
@@ -43,24 +47,29 @@ def longest_totals(mdp: LinearMixtureMDP, rewards: Array) -> Array:
         totals = jnp.max(step_reward + ahead, axis=-1)
         return totals, totals
 
-    last = jnp.zeros(mdp.num_states, rewards.dtype)
+    last = jnp.zeros(mask.shape[0], rewards.dtype)
     _, totals = jax.lax.scan(back, last, rewards, reverse=True)
     return jnp.concatenate([totals, last[None]])
 
 
 def longest_path(mdp: LinearMixtureMDP, rewards: Array) -> LongestPath:
     """The path behind :func:`longest_totals` at the start state."""
-    totals, mask = longest_totals(mdp, rewards), mdp.mask
+    return path_on(mdp.mask, mdp.successors, mdp.start, rewards)
+
+
+def path_on(mask: Array, successors: Array, start: Array, rewards: Array) -> LongestPath:
+    """:func:`longest_path` on lists [S, A, N] of successors and which of them count."""
+    totals = totals_on(mask, successors, rewards)
 
     def step(state: Array, inputs: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         step_reward, ahead = inputs
-        reachable = jnp.where(mask[state], ahead[mdp.successors[state]], -1.0)
+        reachable = jnp.where(mask[state], ahead[successors[state]], -1.0)
         action = jnp.argmax(step_reward[state] + jnp.max(reachable, axis=-1))
-        following = mdp.successors[state, action, jnp.argmax(reachable[action])]
+        following = successors[state, action, jnp.argmax(reachable[action])]
         return following, (following, action.astype(jnp.int32))
 
-    _, (states, actions) = jax.lax.scan(step, mdp.start, (rewards, totals[1:]))
-    return LongestPath(totals[0, mdp.start], jnp.concatenate([mdp.start[None], states]), actions)
+    _, (states, actions) = jax.lax.scan(step, start, (rewards, totals[1:]))
+    return LongestPath(totals[0, start], jnp.concatenate([start[None], states]), actions)
 
 
 def normalise_rewards(mdp: LinearMixtureMDP, rewards: Array) -> Array:
@@ -80,25 +89,31 @@ def check_rewards(mdp: LinearMixtureMDP, rewards: Array, name: str = "rewards") 
         ValueError: the shape is wrong, an entry is negative or not finite (it is named), or a path collects more
             than 1 (it is named).
     """
-    shape = (mdp.num_states, mdp.num_actions)
+    check_rewards_on(mdp.mask, mdp.successors, mdp.start, rewards, name)
+
+
+def check_rewards_on(mask: Array, successors: Array, start: Array, rewards: Array, name: str) -> None:
+    """:func:`check_rewards` on lists [S, A, N] of successors and which of them count."""
+    shape = mask.shape[:2]
     check(
         rewards.ndim in (3, 4) and rewards.shape[-2:] == shape,
         argument=name,
         value=rewards.shape,
         rule=f"shape must be [R, H, S, A] or [H, S, A] with S, A = {shape}",
+        remedy="" if rewards.ndim in (3, 4) else "Add the missing axes",
     )
-    if isinstance(rewards, jax.core.Tracer):
+    if any(isinstance(x, jax.core.Tracer) for x in (mask, successors, start, rewards)):
         return
     bank = np.asarray(rewards).reshape(-1, *rewards.shape[-3:])
     wrong = ~(bank >= 0) | ~np.isfinite(bank)
     if np.any(wrong):
         where = tuple(map(int, np.argwhere(wrong)[0]))
         raise ValueError(f"{name}[reward, h, s, a = {where}]={bank[where]}: must be finite and not negative.")
-    totals = np.asarray(_start_totals(mdp, jnp.asarray(bank)))
+    totals = np.asarray(_start_totals(mask, successors, start, jnp.asarray(bank)))
     tolerance = 1e-5 if bank.dtype.itemsize < 8 else 1e-9
     if np.any(totals > 1 + tolerance):
         index = int(np.argmax(totals))
-        path = longest_path(mdp, jnp.asarray(bank[index]))
+        path = jax.jit(path_on)(mask, successors, start, jnp.asarray(bank[index]))
         steps = ", ".join(f"({int(s)}, {int(a)})" for s, a in list(zip(path.states, path.actions, strict=False))[:20])
         raise ValueError(
             f"{name}[{index}]: the path of (state, action) pairs {steps}{' ...' if len(path.actions) > 20 else ''} "
@@ -107,8 +122,8 @@ def check_rewards(mdp: LinearMixtureMDP, rewards: Array, name: str = "rewards") 
 
 
 @jax.jit
-def _start_totals(mdp: LinearMixtureMDP, bank: Array) -> Array:
-    return jax.vmap(lambda rewards: longest_totals(mdp, rewards)[0, mdp.start])(bank)
+def _start_totals(mask: Array, successors: Array, start: Array, bank: Array) -> Array:
+    return jax.vmap(lambda rewards: totals_on(mask, successors, rewards)[0, start])(bank)
 
 
 def reward_bank(mdp: LinearMixtureMDP, key: PRNGKey, horizon: int, num_random: int = 50) -> Array:
@@ -124,6 +139,7 @@ def reward_bank(mdp: LinearMixtureMDP, key: PRNGKey, horizon: int, num_random: i
         [2 S + num_random, H, S, A]: for each state 1 at the last step, then 1 / H at each step, then random rewards
         with about one entry in ten, scaled by the longest path.
     """
+    check(horizon >= 1, argument="horizon", value=horizon, rule="must be at least 1")
     states, actions, dtype = mdp.num_states, mdp.num_actions, mdp.features.dtype
     place = jnp.broadcast_to(jnp.eye(states, dtype=dtype)[:, :, None], (states, states, actions))
     goal = jnp.zeros((states, horizon, states, actions), dtype).at[:, -1].set(place)

@@ -18,7 +18,7 @@ from jaxrl_suite.types import Array
 LEAK = 0.1  # slope of a cut beyond its limit, so that saturated values still say where to go
 _LOGIT_RANGE = (-12.0, 8.0)
 _UNROLL = 8  # sums over at most this many terms are written out: they then fuse into one vector loop
-_DENSE_STATES = 48  # up to here the transpose of a gather is a product with a 0/1 matrix
+_DENSE_STATES = 16  # up to here the transpose of a gather is a product with a 0/1 matrix
 
 
 class Lanes(NamedTuple):

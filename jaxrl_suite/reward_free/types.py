@@ -67,6 +67,9 @@ class Exploration(NamedTuple):
         start: int32 [].
         model_residual: [], how far the model was from a kernel before it was made one.
         finite: bool [], whether every factorisation of the run succeeded.
+        support: bool [S, A, N], listed successors that some parameter reaches; what "every path" of a reward means.
+        rounding: [], bound on what rounding did to the estimate, in the norm in which the radius is measured.
+        precise: bool [], whether that is below a tenth of the radius; float32 runs can lose it.
     """
 
     history: Record
@@ -77,6 +80,9 @@ class Exploration(NamedTuple):
     start: Array
     model_residual: Array
     finite: Array
+    support: Array
+    rounding: Array
+    precise: Array
 
     @property
     def policy(self) -> Array:

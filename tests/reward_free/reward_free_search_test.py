@@ -8,9 +8,10 @@ import pytest
 
 from jaxrl_suite import reward_free as rf
 from jaxrl_suite.envs import mixtures
-from jaxrl_suite.mdp import LinearMixtureMDP, expected_value, simulate
+from jaxrl_suite.mdp import LinearMixtureMDP, expected_value, integrated_features, simulate
 from jaxrl_suite.reward_free import rewards as reward_module
 from jaxrl_suite.reward_free import search
+from jaxrl_suite.reward_free.certificate import optimistic_total
 from tests.reference import mdp_planning
 
 
@@ -231,6 +232,36 @@ def test_uncertainty_covers_the_expected_widths_on_the_good_event(x64, key):
             chosen = jnp.take_along_axis(step, found.policy[h][:, None], axis=1)[:, 0]
             total = jnp.minimum(1.0, chosen)
         assert float(found.total) >= float(total[mdp.start]) - 1e-12
+
+
+def test_decoupled_bound_covers_every_policy_and_reward(x64, key):
+    """Property 8, decoupled half: on the good event Vbar_1 >= U_1 for random (policy, reward), U as in property 7."""
+    mdp, radius, horizon = mixtures.lock(5, 2, 2), 0.15, 8
+
+    @jax.jit
+    def both(key):
+        keys = jax.random.split(key, 4)
+        tilde, hat = covariances(keys[0], 3, 30.0)
+        noise, metric = jax.random.normal(keys[1], (3,)), jnp.linalg.inv(tilde) + jnp.linalg.inv(hat)
+        theta = mdp.theta + radius * noise / jnp.sqrt(noise @ metric @ noise)
+        widest = radius * rf.width_bound(mdp, tilde, centred=False)
+        bound = optimistic_total(mdp, horizon, theta, widest, 2.0 * radius, hat)[0, mdp.start]
+        rewards = rf.normalise_rewards(mdp, jax.random.uniform(keys[2], (horizon, 5, 2)) ** 4)
+        policy = jax.random.randint(keys[3], (horizon, 5), 0, 2)
+        values = rf.uncertainty_value(mdp, theta, rewards, tilde, hat, jnp.array(radius), policy).values
+
+        def back(total, step):
+            row, ahead = step
+            u = jnp.minimum(1.0, radius * rf.width(tilde, integrated_features(mdp, ahead)))
+            step = u + jnp.sum(mdp.kernel() * total[mdp.successors], axis=-1)
+            return jnp.minimum(1.0, jnp.take_along_axis(step, row[:, None], axis=1)[:, 0]), None
+
+        total, _ = jax.lax.scan(back, jnp.zeros(5), (policy, values[1:]), reverse=True)
+        return bound, total[mdp.start]
+
+    bounds, totals = jax.vmap(both)(jax.random.split(key, 50))
+    assert np.all(np.array(bounds) >= np.array(totals) - 1e-12)
+    assert float(totals.max()) > 0.03 and float(bounds.min()) < 1.0  # neither side is trivial
 
 
 def test_uncertainty_predicts_what_play_meets(x64, key):
