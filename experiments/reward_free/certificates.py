@@ -93,7 +93,12 @@ def figures(result: Result) -> Mapping[str, "Figure"]:
         label, style = name.replace("_", " "), series_style(2 * index) | {"marker": ""}
         axes.plot(arrays["episodes"], arrays["bound"], label=f"{label}: certificate", **style)
         style = series_style(2 * index + 1) | {"marker": ""}
-        axes.plot(arrays["episodes"], np.maximum(arrays["loss"], 1e-5), label=f"{label}: worst loss", **style)
+        axes.plot(
+            arrays["episodes"],
+            np.maximum(arrays["loss"], 1e-5),
+            label=f"{label}: worst loss of a bank of rewards (1e-5 stands for none)",
+            **style,
+        )
     axes.set(xscale="log", yscale="log", xlabel="episodes", ylabel="loss of a plan (of a total reward of 1)")
     axes.set_title("A proven bound for every reward, and what is really lost")
     axes.legend()

@@ -169,7 +169,7 @@ def measure_settled(
         return found | {"effort": found["uncertainty"][None], "settled": np.array(True)}
     inner = state.inner
     logits = inner.answer.logits
-    curve, settled, steps = [found["uncertainty"]], False, 1
+    curve, settled, steps, score = [found["uncertainty"]], False, 1, None
     starts = jax.vmap(lambda k, w: start_logits(k, w, config.num_starts))(keys, logits)
     for _ in range(max_doublings + 1):
         for _ in range(steps):

@@ -143,12 +143,15 @@ def figures(result: Result) -> Mapping[str, "Figure"]:
     left.plot(episodes, arrays["uncertainty"], **(series_style(0) | {"marker": ""}))
     left.set(xlabel="episode", ylabel="uncertainty value (of a total reward of 1)", ylim=(0, 1.05))
     left.set_title("How unsure the model is (an indication)")
-    visits = np.stack([np.bincount(row[:-1], minlength=states) for row in arrays["states"]], axis=1)
+    groups = np.array_split(arrays["states"][:, :-1], min(100, len(episodes)))  # no more columns than one can see
+    visits = np.stack([np.bincount(g.ravel(), minlength=states) / len(g) for g in groups], axis=1)
     extent = (0.5, len(episodes) + 0.5, -0.5, states - 0.5)
-    image = right.imshow(visits, aspect="auto", origin="lower", cmap="Blues", extent=extent)
+    image = right.imshow(
+        visits, aspect="auto", origin="lower", cmap="Blues", extent=extent, interpolation="nearest", vmin=0
+    )
     right.grid(False)
     right.set(xlabel="episode", ylabel="state", title="Where it went, episode by episode")
-    figure.colorbar(image, ax=right, label="steps spent there")
+    figure.colorbar(image, ax=right, label="steps spent there (mean an episode)")
     return {"own_world": figure}
 
 

@@ -1,7 +1,7 @@
 """Runs an explorer: one scan over episodes, cut into chunks at will, and the model that planning reads."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -227,7 +227,7 @@ def _check_world(mdp: LinearMixtureMDP) -> None:
     """A concrete world must be a kernel; names the row that is not a distribution."""
     parts = (mdp.features, mdp.theta)
     if not any(isinstance(part, jax.core.Tracer) for part in parts):
-        check_kernel(np.asarray(mdp.features) @ np.asarray(mdp.theta), "mdp: kernel")
+        check_kernel(cast(Array, np.asarray(mdp.features) @ np.asarray(mdp.theta)), "mdp: kernel")
 
 
 def _check_hparams(hparams: HParams) -> None:
