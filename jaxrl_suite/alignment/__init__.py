@@ -27,18 +27,16 @@ from jaxrl_suite.alignment.losses import (
 )
 from jaxrl_suite.alignment.running import RunningMean, init_running_mean, update_running_mean
 from jaxrl_suite.alignment.text_rewards import accuracy, clarity, conciseness, corrected_clarity
-from jaxrl_suite.alignment.trainer import (
+from jaxrl_suite.alignment.trainer import rollout, run_trainer, trainer_step
+from jaxrl_suite.alignment.trainer_state import (
     Metrics,
     Trainer,
     TrainerConfig,
     TrainerHParams,
     TrainerState,
     init_trainer,
-    rollout,
-    run_trainer,
-    trainer_step,
-    update,
 )
+from jaxrl_suite.alignment.update import update
 
 __all__ = [
     "LossConfig",

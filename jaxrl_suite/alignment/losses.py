@@ -163,6 +163,7 @@ def policy_loss_terms(
     *,
     reference_log_probs: Array | None = None,
     kl_coefficient: Array | float = 0.0,
+    entropy_coefficient: Array | float = 0.0,
 ) -> LossTerms:
     """Sums of the surrogate with its penalty; see :func:`policy_loss` for the arguments."""
     if advantages.ndim == 1:
@@ -175,6 +176,10 @@ def policy_loss_terms(
     if config.kl_kind != "none" and reference_log_probs is not None:
         kl = kl_estimate(safe, jnp.where(mask, reference_log_probs, 0), config.kl_kind, clamp=config.kl_clamp)
         loss = loss + jnp.asarray(kl_coefficient, loss.dtype) * kl
+    if not (isinstance(entropy_coefficient, float | int) and entropy_coefficient == 0):
+        # E[ratio log p] is minus the entropy, and so is its gradient: E[ratio * grad log p] vanishes.
+        change = jnp.exp(safe - jnp.where(mask, old_log_probs, 0))
+        loss = loss + jnp.asarray(entropy_coefficient, loss.dtype) * jax.lax.stop_gradient(safe) * change
     valid = mask.astype(loss.dtype)
     masked = jnp.where(mask, loss, 0)
     lengths = jnp.sum(valid, axis=1)
@@ -208,6 +213,7 @@ def policy_loss(
     *,
     reference_log_probs: Array | None = None,
     kl_coefficient: Array | float = 0.0,
+    entropy_coefficient: Array | float = 0.0,
 ) -> tuple[Array, LossTerms]:
     """Clipped surrogate plus KL penalty, to be minimised.
 
@@ -222,6 +228,8 @@ def policy_loss(
         config: options; the paper's baselines by default.
         reference_log_probs: [B, T], for the penalty; none without.
         kl_coefficient: factor on the penalty.
+        entropy_coefficient: factor on the entropy bonus: an estimate of ``-c H`` at the sampled tokens joins
+            their loss, with a gradient that is right in expectation.
 
     Returns:
         Loss [] and the sums that it was made of.
@@ -238,6 +246,7 @@ def policy_loss(
         LossConfig() if config is None else config,
         reference_log_probs=reference_log_probs,
         kl_coefficient=kl_coefficient,
+        entropy_coefficient=entropy_coefficient,
     )
     return terms.numerator / jnp.maximum(terms.denominator, 1), terms
 

@@ -154,3 +154,23 @@ def test_running_mean_is_exact(x64):
     assert state.mean.dtype == jnp.float32
     assert float(state.mean) == pytest.approx(np.concatenate(seen).mean(), rel=1e-5)
     assert int(state.count) == 200 * 64
+
+
+def test_entropy_bonus_has_the_gradient_of_the_entropy(x64):
+    """Averaged over the whole vocabulary, the bonus is the entropy and its gradient; off policy too."""
+    logits, old = jnp.array([0.3, -0.7, 1.1, 0.2]), jnp.array([0.1, 0.4, 0.3, 0.2])
+    config = LossConfig(kl_kind="none")
+
+    def bonus(logits):
+        scores = jax.nn.log_softmax(logits)[:, None]
+        each = jax.vmap(lambda score, prior: alignment.policy_loss(
+            score[None], prior[None], jnp.zeros(1), jnp.ones((1, 1), bool), config, entropy_coefficient=0.5)[0]
+        )  # fmt: skip
+        return jnp.sum(old * each(scores, jnp.log(old)[:, None]))
+
+    def entropy(logits):
+        scores = jax.nn.log_softmax(logits)
+        return -jnp.sum(jnp.exp(scores) * scores)
+
+    assert float(bonus(logits)) == pytest.approx(-0.5 * float(entropy(logits)), rel=1e-12)
+    np.testing.assert_allclose(jax.grad(bonus)(logits), -0.5 * jax.grad(entropy)(logits), rtol=1e-10)

@@ -175,6 +175,50 @@ def test_mini_batches_and_penalty(key):
         run(make(pareto.fixed_weights(jnp.asarray(HALF)), num_minibatches=3), start(trainer, key), 1)
 
 
+def test_micro_batches_and_added_parts_change_nothing(key, x64):
+    """Property 26: four micro-batches give the influence and step of one; so do parts added to frozen parameters."""
+    rule = pareto.influence_weights(jnp.asarray(HALF, jnp.float64), 0.7)
+    options = {"expressive": True, "estimator": "grpo", "loss": LossConfig(kl_kind="k3")}
+    whole, pieces = make(rule, **options), make(rule, **options, num_microbatches=4)
+    frozen = {"theta": jnp.array([0.3, -0.2, 0.5])}
+    added = whole._replace(assemble=lambda part, base: {"theta": base["theta"] + part["theta"]})
+    generation = alignment.rollout(whole, start(whole, key, frozen["theta"], frozen), *PROMPTS)
+    rewards = reward(None, generation, None).reshape(2, 8, 16)
+
+    def step(trainer, theta):
+        state = start(trainer, key, theta, frozen)
+        return jax.jit(lambda s: alignment.update(trainer, s, *PROMPTS, generation, rewards))(state)
+
+    expected, metrics = step(whole, frozen["theta"])
+    for trainer, theta in ((pieces, frozen["theta"]), (added, jnp.zeros(3))):
+        found, others = step(trainer, theta)
+        moved = found.params["theta"] + (frozen["theta"] if trainer is added else 0)
+        np.testing.assert_allclose(moved, expected.params["theta"], rtol=1e-12)
+        np.testing.assert_allclose(others.influence, metrics.influence, rtol=1e-10)
+    assert float(jnp.abs(metrics.influence).min()) > 0
+    with pytest.raises(ValueError, match="num_microbatches=3: must divide the 128 rows"):
+        step(make(rule, num_microbatches=3), frozen["theta"])
+
+
+def test_influence_of_a_range_of_layers(key, x64):
+    """D6: of a logit that is a sum over three layers and a head, layers 0 to 1 hold half of the influence."""
+    rule = pareto.influence_weights(jnp.asarray(HALF, jnp.float64), 0.7)
+    params = {"layers": {"bias": jnp.full((3, 1), 0.1)}, "head": jnp.zeros(1)}
+    found = []
+    for layers in ((), (0, 1)):
+        trainer = make(rule, influence_layers=layers)
+        summed = trainer._replace(
+            assemble=lambda p, _: {"theta": jnp.sum(p["layers"]["bias"], axis=0) + p["head"]},
+        )
+        state = alignment.init_trainer(key, summed, params, num_objectives=2)
+        generation = alignment.rollout(summed, state, *PROMPTS)
+        rewards = reward(None, generation, None).reshape(2, 8, 16)
+        found.append(np.asarray(alignment.update(summed, state, *PROMPTS, generation, rewards)[1].influence))
+    np.testing.assert_allclose(found[1], 0.5 * found[0], rtol=1e-12)
+    with pytest.raises(ValueError, match="influence_layers"):
+        TrainerConfig(influence_layers=(3, 1))
+
+
 def test_unscored_rewards_are_excluded(key):
     """A NaN reward is left out and counted; garbage in its place changes nothing."""
     trainer = make(pareto.fixed_weights(jnp.asarray(HALF)))
