@@ -11,6 +11,7 @@ References:
     Sokota et al. 2024, arXiv 2405.19540 (ARIMEC, merging).
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from jaxrl_suite.coupling.prefix_tree import (
     prefix_tree,
     read_message,
 )
+from jaxrl_suite.coupling.sparse import check_rate
 from jaxrl_suite.coupling.symbol_step import Partition, SymbolStep, couple_symbol
 from jaxrl_suite.types import Array, PRNGKey, SequenceLaw
 
@@ -141,10 +143,23 @@ def arimec_text(
     fits = messages.shape[0] == prompts.shape[0]
     check(fits, argument="messages", value=messages.shape, rule=f"must have one row a prompt, {prompts.shape[0]}")
     check(num_tokens > 0, argument="num_tokens", value=num_tokens, rule="must be positive")
-    rows, replay = prompts.shape[0], tokens is not None
-    given = jnp.zeros((rows, num_tokens), jnp.int32) if tokens is None else tokens
-    shape = (rows, num_tokens)
+    shape = (prompts.shape[0], num_tokens)
+    given = jnp.zeros(shape, jnp.int32) if tokens is None else tokens
     check(given.shape == shape, argument="tokens", value=given.shape, rule=f"must have shape {shape}")
+    rate = jnp.asarray(rate, jnp.float32)
+    check_rate(rate)
+    source = (message_params, message_prompt)
+    replay = jnp.asarray(tokens is not None)
+    return _text(key, law, params, prompts, mask, messages, message_law, source, given, replay, rate, capacity, merge)
+
+
+@functools.partial(jax.jit, static_argnames=("law", "message_law", "capacity", "merge"))
+def _text(
+    key, law, params, prompts, mask, messages, message_law, source, given, replay, rate, capacity, merge
+) -> ArimecText:
+    """Sender and receiver are this one compiled function, so that their posteriors agree to the last bit."""
+    rows, num_tokens = given.shape
+    message_params, message_prompt = source
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
     root = prefix_tree(message_law, message_params, message_prompt, length=messages.shape[1], capacity=capacity)
     trees = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape)), root)

@@ -13,12 +13,15 @@ References:
     security).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_suite.config import check
 from jaxrl_suite.coupling.integer import round_masses
+from jaxrl_suite.coupling.sparse import check_rate
 from jaxrl_suite.coupling.symbol_step import Partition, SymbolStep, couple_symbol, joint_counts
 from jaxrl_suite.distributions import entropy
 from jaxrl_suite.types import Array, PRNGKey, SequenceLaw
@@ -104,7 +107,6 @@ def fimec_text(
     tokens: Array | None = None,
     rate: Array | float = jnp.inf,
     merge: bool = True,
-    bias: Array | float = 0.0,
 ) -> HiddenText:
     """Hides a message in each of B texts, or reads it back from ``tokens``.
 
@@ -122,13 +124,25 @@ def fimec_text(
         tokens: int32 [B, T], text to read; None to write one.
         rate: bits of the code of a block at each token.
         merge: see :func:`fimec_symbol`.
-        bias: added to the logit of token 0: an embedder that does not keep the law, for tests of the tests.
 
     Returns:
         Text and decoded message.
+
+    Raises:
+        ValueError: tokens of another shape, or a rate that is negative.
     """
-    replay = tokens is not None
-    given = jnp.zeros((prompts.shape[0], num_tokens), jnp.int32) if tokens is None else tokens
+    shape = (prompts.shape[0], num_tokens)
+    given = jnp.zeros(shape, jnp.int32) if tokens is None else tokens
+    check(given.shape == shape, argument="tokens", value=given.shape, rule=f"must have shape {shape}")
+    replay = jnp.asarray(tokens is not None)
+    rate = jnp.asarray(rate, jnp.float32)
+    check_rate(rate)
+    return _text(key, law, params, prompts, mask, values, given, replay, rate, num_values, merge)
+
+
+@functools.partial(jax.jit, static_argnames=("law", "num_values", "merge"))
+def _text(key, law, params, prompts, mask, values, given, replay, rate, num_values, merge) -> HiddenText:
+    """Sender and receiver are this one compiled function, so that their beliefs agree to the last bit."""
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(prompts.shape[0]))
     beliefs = jnp.full((*values.shape, num_values), 1 / num_values, jnp.float32)
     state = law.init(params, prompts, mask)
@@ -139,8 +153,8 @@ def fimec_text(
     def step(carry, entry):
         state, logits, beliefs = carry
         time, observed = entry
-        logits = logits.astype(jnp.float32).at[:, 0].add(bias)
-        counts = jax.vmap(lambda row: round_masses(jax.nn.softmax(row), 1 << 30))(logits)
+        probs = jax.nn.softmax(logits.astype(jnp.float32))
+        counts = jax.vmap(lambda row: round_masses(row, 1 << 30))(probs)
         drawn, beliefs = jax.vmap(one)(
             jax.vmap(jax.random.fold_in, (0, None))(keys, time), beliefs, values, counts, observed
         )
@@ -148,7 +162,7 @@ def fimec_text(
         return (state, logits, beliefs), drawn
 
     start = (state, law.logits(state), beliefs)
-    (_, _, beliefs), drawn = jax.lax.scan(step, start, (jnp.arange(num_tokens), given.T))
+    (_, _, beliefs), drawn = jax.lax.scan(step, start, (jnp.arange(given.shape[1]), given.T))
     return HiddenText(
         drawn.T, jnp.argmax(beliefs, axis=-1).astype(jnp.int32), jnp.min(jnp.max(beliefs, axis=-1), axis=-1)
     )

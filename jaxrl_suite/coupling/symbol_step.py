@@ -118,7 +118,9 @@ def couple_symbol(
         same = _same_message(joint, chosen) | (index == chosen)
         drawn = same if merge else index == chosen
         share = jnp.sum(jnp.where(drawn, row, 0)) / jnp.sum(row)
-        column = jnp.where(jnp.sum(joint, axis=1) > 0, joint[:, chosen], -1)
+        # Read at the first symbol of the group: the sender draws one of it here, the receiver sees another, and the
+        # quotients of their columns are equal only up to rounding.
+        column = jnp.where(jnp.sum(joint, axis=1) > 0, joint[:, jnp.argmax(drawn)], -1)
         posterior, partition = select(condition(stage.posterior, stage.partition, column))
         return _Stage(
             posterior,

@@ -199,24 +199,21 @@ def test_messages_come_back():
     messages = jnp.asarray(EVERY[rng.choice(27, size=64, p=p / p.sum())])
     prompts = jnp.zeros((64, 1), jnp.int32)
 
-    @jax.jit
-    def run(key, messages):
-        options = {"message_law": LAW, "message_params": message_table, "message_prompt": PROMPT}
-        arguments = (LAW, text_table, prompts, jnp.ones_like(prompts, bool), messages)
-        sent = arimec_text(key, *arguments, num_tokens=24, capacity=16, **options)
-        read = arimec_text(
-            jax.random.key(9), *arguments[:-1], messages * 0, num_tokens=24, capacity=16, tokens=sent.tokens, **options
-        )
-        return sent, read
-
-    sent, read = run(jax.random.key(2), messages)
+    options = {"message_law": LAW, "message_params": message_table, "message_prompt": PROMPT, "capacity": 16}
+    arguments = (LAW, text_table, prompts, jnp.ones_like(prompts, bool))
+    sent = arimec_text(jax.random.key(2), *arguments, messages, num_tokens=24, **options)
+    read = arimec_text(jax.random.key(9), *arguments, messages * 0, num_tokens=24, tokens=sent.tokens, **options)
     np.testing.assert_array_equal(read.messages, sent.messages)
     np.testing.assert_array_equal(read.certainty, sent.certainty)
     certain = np.asarray(read.certainty) > 0.999
     np.testing.assert_array_equal(np.asarray(read.messages)[certain], np.asarray(messages)[certain])
     assert certain.mean() > 0.9
+    for wrong, match in (
+        ({"num_tokens": 0}, "num_tokens"),
+        ({"tokens": sent.tokens[:3]}, "tokens"),
+        ({"rate": -1.0}, "rate"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            arimec_text(jax.random.key(0), *arguments, messages, **{"num_tokens": 24, **wrong}, **options)
     with pytest.raises(ValueError, match="messages"):
-        arimec_text(
-            jax.random.key(0), LAW, text_table, prompts, prompts > 0, messages[:3], num_tokens=2,
-            message_law=LAW, message_params=message_table, message_prompt=PROMPT,
-        )  # fmt: skip
+        arimec_text(jax.random.key(0), *arguments, messages[:3], num_tokens=2, **options)
