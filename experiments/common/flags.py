@@ -32,6 +32,11 @@ class Settings(Config):
     )
     x64: bool | None = field(None, help="float64; none takes what the study asks for")
     debug: bool = field(False, help="stop at the first NaN and at the first random key used twice")
+    coordinator: str = field(
+        "", help="host:port of the first of several processes, or auto under SLURM, Open MPI or GKE; empty for one"
+    )
+    num_processes: int = field(0, help="processes of the job, with --coordinator=host:port")
+    process_id: int = field(-1, help="number of this process, from 0, with --coordinator=host:port")
 
     def __post_init__(self) -> None:
         super().__post_init__()

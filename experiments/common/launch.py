@@ -12,6 +12,7 @@ import jax
 from experiments.common.flags import Settings, UsageError, help_text, parse_flags
 from experiments.common.run import run_study
 from experiments.common.study import Result, Study, load_study, study_names
+from jaxrl_suite.io import processes
 from jaxrl_suite.io.checkpoint import CheckpointError
 
 
@@ -40,13 +41,22 @@ def launch_study(family: str, study: Study, arguments: Sequence[str]) -> None:
         prepare_jax(study, settings)
         words = ["python", "-m", f"experiments.{family}.launch", f"--study={study.name}", *arguments]
         result, workdir = run_study(family, study, config, hparams, settings, command=shlex.join(words))
-    except (UsageError, ValueError, OSError, ImportError, CheckpointError) as error:
+    except (UsageError, ValueError, OSError, ImportError, CheckpointError, processes.ProcessError) as error:
         # What a user can mend comes as one line; --debug shows where it was raised.
         if "--debug" in arguments:
             raise
         _fail(error)
-    print_result(study, result)
-    print(f"\nwritten to {os.path.relpath(workdir)}")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "--debug" in arguments:
+            raise
+        reason = str(error).strip().partition("\n")[0][:200]
+        _fail(
+            f"process {jax.process_index()} of {jax.process_count()} cannot go on, most likely because another one "
+            f"has stopped ({reason}). Start all of them again with --resume; their number may differ."
+        )
+    if processes.is_writer():
+        print_result(study, result)
+        print(f"\nwritten to {os.path.relpath(workdir)}")
 
 
 def prepare_jax(study: Study, settings: Settings) -> None:
@@ -59,12 +69,19 @@ def prepare_jax(study: Study, settings: Settings) -> None:
     for module, extra in missing.items():
         raise UsageError(f'{study.name} needs {module}. Install it: python -m pip install "jaxrl-suite[{extra}]"')
     devices = settings.num_cpu_devices or study.num_cpu_devices
+    if settings.num_processes > 1 and devices > 0:
+        if devices % settings.num_processes:
+            raise UsageError(
+                f"--num_processes={settings.num_processes}: must divide the {devices} virtual CPU devices of "
+                f"{study.name}; --num_cpu_devices sets how many there are in all."
+            )
+        devices //= settings.num_processes
     if devices > 1:
         if "JAX_PLATFORMS" not in os.environ:  # the devices are virtual CPUs also where there is one GPU or TPU
             jax.config.update("jax_platforms", "cpu")
         try:
             jax.config.update("jax_num_cpu_devices", devices)
-        except RuntimeError:  # the backend runs already, as in a notebook
+        except RuntimeError:  # JAX runs already, as in a notebook
             if jax.device_count() < devices:
                 raise UsageError(
                     f"{study.name} needs {devices} devices and JAX has started with {jax.device_count()}. "
@@ -74,6 +91,12 @@ def prepare_jax(study: Study, settings: Settings) -> None:
     if settings.debug:
         jax.config.update("jax_debug_nans", True)
         jax.config.update("jax_debug_key_reuse", True)
+    if settings.coordinator:
+        processes.connect(settings.coordinator, settings.num_processes, settings.process_id)
+    elif settings.num_processes > 1:
+        raise UsageError(
+            f"--num_processes={settings.num_processes}: give --coordinator=host:port of the first one too."
+        )
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if cache:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -124,6 +147,9 @@ def _asks_help(arguments: Sequence[str]) -> bool:
     return not {"--help", "-help", "-h", "--helpshort", "-helpshort"}.isdisjoint(arguments)
 
 
-def _fail(error: Exception) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
+def _fail(error: Exception | str) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():  # an orderly exit would wait for processes that wait for this one
+        sys.stdout.flush()
+        os._exit(2)
     sys.exit(2)

@@ -13,10 +13,17 @@ What is on disk of a run:
 
 Every stage and checkpoint remembers how long metrics.jsonl was when it was written. A resume cuts the file back to that
 length before it writes, so that a step which is computed again does not stand there twice.
+
+In a job of several processes the first one owns the folder; the others compute the same in a temporary one.
 """
 
+import contextlib
 import fcntl
+import functools
+import io
 import os
+import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,7 +35,7 @@ import numpy as np
 from experiments.common.flags import Settings, UsageError
 from experiments.common.study import Result, Study
 from jaxrl_suite.config import Config
-from jaxrl_suite.io import checkpoint, files, metrics, plots, profiling, progress
+from jaxrl_suite.io import checkpoint, files, metrics, plots, processes, profiling, progress
 
 State = Any
 
@@ -116,7 +123,7 @@ class Run:
                 length = min(chunk, num_steps - start)
                 began = time.perf_counter()
                 state, values = advance(state, start, length)
-                state, values = jax.block_until_ready((state, {key: np.asarray(v) for key, v in values.items()}))
+                state, values = jax.block_until_ready((state, {key: processes.to_host(v) for key, v in values.items()}))
                 seconds = (time.perf_counter() - began) / length
                 for t in range(length):
                     row = {key: value[t] for key, value in values.items()}
@@ -170,6 +177,8 @@ class Run:
         derived.unlink(missing_ok=True)
         kinds = self.settings.metrics.split(",")
         kinds = kinds if "jsonl" in kinds else ["jsonl", *kinds]  # what a resume rests on
+        if not processes.is_writer():
+            kinds = ["jsonl"]  # for itself, in its own folder
         self._writer = metrics.make_writer(",".join(kinds), self.workdir)
 
     def _flushed_bytes(self) -> int:
@@ -198,7 +207,6 @@ def run_study(
     Raises:
         UsageError: the folder holds another run, or cannot be written.
     """
-    workdir = choose_workdir(settings, f"{family}/{study.name}-{settings.preset}")
     identity = {
         "family": family,
         "study": study.name,
@@ -209,27 +217,59 @@ def run_study(
         "config": config.to_dict(),
         "hparams": {} if hparams is None else {name: value.tolist() for name, value in hparams._asdict().items()},
     }
-    with _claimed(workdir):
-        finished = _enter(workdir, identity, resume=settings.resume)
-        if finished is not None:
-            return finished, workdir
+    choose = functools.partial(choose_workdir, settings, f"{family}/{study.name}-{settings.preset}")
+    workdir = Path(processes.on_writer(lambda: str(choose())))
+    with contextlib.ExitStack() as stack:
+        kept = processes.on_writer(lambda: _claim(stack, workdir, identity, settings.resume), UsageError, OSError)
+        # The other processes of a job work in a folder of their own, on what the writer's holds at this moment.
+        folder = workdir if processes.is_writer() else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        _share(folder)
+        if kept:
+            return load_result(folder), workdir
         began = time.perf_counter()
-        starts = files.read_json(workdir / "env.json")["starts"] if (workdir / "env.json").exists() else []
+        starts = files.read_json(folder / "env.json")["starts"] if (folder / "env.json").exists() else []
         environment = {**profiling.environment(), "command": command}
-        files.write_json(workdir / "env.json", {"starts": [*starts, environment]})
-        run = Run(study, config, hparams, settings, workdir)
+        files.write_json(folder / "env.json", {"starts": [*starts, environment]})
+        run = Run(study, config, hparams, settings, folder)
         try:
             result = study.run(run)
         finally:
             run.close()
-        for name, figure in study.figures(result).items():
-            plots.save_figure(figure, workdir / "plots" / name)
-        files.save_arrays(workdir / "results.npz", {key: np.asarray(value) for key, value in result.arrays.items()})
-        seconds = round(time.perf_counter() - began, 2)
-        files.write_json(
-            workdir / "summary.json", {"study": study.name, "seconds": seconds, "summary": _plain(result.summary)}
-        )
+        if processes.is_writer():
+            _write_result(study, result, workdir, seconds=round(time.perf_counter() - began, 2))
+        processes.broadcast_json(None)  # nobody leaves before the result is on disk
     return result, workdir
+
+
+def _claim(stack: contextlib.ExitStack, workdir: Path, identity: dict[str, Any], resume: bool) -> bool:
+    """Locks and checks the folder; whether a finished run lies in it."""
+    stack.enter_context(_claimed(workdir))
+    return _enter(workdir, identity, resume=resume)
+
+
+def _write_result(study: Study, result: Result, workdir: Path, *, seconds: float) -> None:
+    for name, figure in study.figures(result).items():
+        plots.save_figure(figure, workdir / "plots" / name)
+    files.save_arrays(workdir / "results.npz", {key: np.asarray(value) for key, value in result.arrays.items()})
+    files.write_json(
+        workdir / "summary.json", {"study": study.name, "seconds": seconds, "summary": _plain(result.summary)}
+    )
+
+
+def _share(folder: Path) -> None:
+    """Gives the other processes the writer's finished stages, metrics and result; checkpoints find their own way."""
+    if jax.process_count() == 1:
+        return
+    buffer = io.BytesIO()
+    if processes.is_writer():
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for name in ("config.json", "env.json", "metrics.jsonl", "stages", "results.npz", "summary.json"):
+                if (folder / name).exists():
+                    archive.add(folder / name, name)
+    content = processes.broadcast_bytes(buffer.getvalue())
+    if not processes.is_writer():
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            archive.extractall(folder, filter="data")
 
 
 def load_result(workdir: Path) -> Result:
@@ -250,8 +290,8 @@ def choose_workdir(settings: Settings, stem: str) -> Path:
     return base.with_name(base.name + (f"-{number}" if number > 1 else ""))
 
 
-def _enter(workdir: Path, identity: dict[str, Any], *, resume: bool) -> Result | None:
-    """Checks that the folder may be used; returns the result of a finished run that is resumed."""
+def _enter(workdir: Path, identity: dict[str, Any], *, resume: bool) -> bool:
+    """Checks that the folder may be used; whether it holds a finished run, which a resume leaves as it is."""
     path = workdir / "config.json"
     if not path.exists():
         if any(entry.name != "lock" for entry in workdir.iterdir()):
@@ -259,7 +299,7 @@ def _enter(workdir: Path, identity: dict[str, Any], *, resume: bool) -> Result |
                 f"--workdir={workdir}: the folder is not empty and holds no run. Choose an empty or a new one."
             )
         files.write_json(path, identity)
-        return None
+        return False
     before = files.read_json(path)
     if not resume:
         raise UsageError(
@@ -273,7 +313,7 @@ def _enter(workdir: Path, identity: dict[str, Any], *, resume: bool) -> Result |
             f"--workdir={workdir}: was started with {name}={old!r}, this command has {new!r}. "
             "Use the same settings to resume it, or choose another folder."
         )
-    return load_result(workdir) if (workdir / "summary.json").exists() else None
+    return (workdir / "summary.json").exists()
 
 
 def first_difference(before: Any, after: Any, name: str = "") -> tuple[str, Any, Any] | None:

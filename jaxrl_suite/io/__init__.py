@@ -8,9 +8,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxrl_suite.io import checkpoint, files, metrics, plots, profiling, progress, report
+    from jaxrl_suite.io import checkpoint, files, metrics, plots, processes, profiling, progress, report
 
-__all__ = ["checkpoint", "files", "metrics", "plots", "profiling", "progress", "report"]
+__all__ = ["checkpoint", "files", "metrics", "plots", "processes", "profiling", "progress", "report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from jaxrl_suite.io import files, leaves
+from jaxrl_suite.io import files, leaves, processes
 
 _STEP = re.compile(r"step_(\d{12})(?:\.(\d+))?")
 _TEMPORARY = re.compile(r"\.(writing|deleting)_\d{12}_(\d+)_[0-9a-f]+")
@@ -50,8 +51,8 @@ def save_checkpoint(
     Args:
         folder: where the checkpoints of one run live; made if missing.
         step: number of finished steps, at least 0.
-        state: any pytree: arrays of any dtype and sharding (this process must see all of their shards), typed PRNG
-            keys, NumPy arrays, Python numbers and strings.
+        state: any pytree: arrays of any dtype and sharding, typed PRNG keys, NumPy arrays, Python numbers and strings.
+            In a job of several processes all of them call this; the first one gathers leaf by leaf and writes.
         metadata: what JSON can hold, returned by :func:`restore_checkpoint`.
         keep: how many checkpoints to leave, at least 1; older ones are deleted after the new one is whole.
 
@@ -66,7 +67,14 @@ def save_checkpoint(
         raise ValueError(f"step={step!r}: must be an integer from 0 to 10^12 - 1.")
     if keep < 1:
         raise ValueError(f"keep={keep!r}: must be at least 1, or nothing would be left to resume from.")
-    folder, step = Path(os.path.abspath(folder)), int(step)
+    folder, whole = Path(os.path.abspath(folder)), leaves.gather(state)
+    written = processes.on_writer(
+        lambda: str(_save(folder, int(step), whole, metadata, keep)), CheckpointError, ValueError
+    )
+    return Path(written)
+
+
+def _save(folder: Path, step: int, state: Any, metadata: Mapping[str, Any] | None, keep: int) -> Path:
     entries, arrays = leaves.disassemble(state)
     manifest = {"format": _FORMAT, "step": step, "metadata": files.plain(dict(metadata or {})), "leaves": entries}
     temporary = folder / f".writing_{step:012d}_{os.getpid()}_{secrets.token_hex(4)}"
@@ -108,8 +116,12 @@ def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
 
 def latest_step(folder: str | os.PathLike[str]) -> int | None:
     """Step of the newest checkpoint, or None. Half-written ones do not count; the content is not checked."""
-    found = _checkpoints(Path(os.path.abspath(folder)))
-    return found[-1][0][0] if found else None
+
+    def newest() -> int | None:
+        found = _checkpoints(Path(os.path.abspath(folder)))
+        return found[-1][0][0] if found else None
+
+    return processes.on_writer(newest)
 
 
 def restore_checkpoint(
@@ -128,7 +140,8 @@ def restore_checkpoint(
         step: which step; the newest by default. With a step given nothing else is tried.
         sharding: where arrays go: one sharding for all, or a pytree of shardings that is a prefix of the template's.
             By default each array goes where the template's array is (a ShapeDtypeStruct: its sharding, else the
-            default device). The devices may be others, and more or fewer, than those that saved.
+            default device). The devices and processes may be others, and more or fewer, than those that saved; with
+            several processes all call this, the first one reads and sends, and the folder need not be shared.
 
     Returns:
         The state, and the metadata with the key "step" added.
@@ -141,6 +154,20 @@ def restore_checkpoint(
         CheckpointWarning: a damaged checkpoint was passed over and the previous whole one read.
     """
     folder = Path(os.path.abspath(folder))
+    if jax.process_count() == 1:
+        return _restore(folder, template, step, sharding)
+    state = None
+
+    def read() -> dict[str, Any]:
+        nonlocal state
+        state, metadata = _restore(folder, leaves.host_template(template), step, None)
+        return metadata
+
+    metadata = processes.on_writer(read, CheckpointError)
+    return leaves.spread(state, template, sharding), metadata
+
+
+def _restore(folder: Path, template: Any, step: int | None, sharding: Any) -> tuple[Any, dict[str, Any]]:
     _clean(folder)
     found = [(order, path) for order, path in reversed(_checkpoints(folder)) if step is None or order[0] == step]
     if not found:
@@ -187,7 +214,7 @@ def _warn_fallback(folder: Path, problems: list[str], step: int) -> None:
         f"{folder}: damaged checkpoint passed over ({'; '.join(problems)}); continuing from step {step}. "
         "The damaged folder was renamed to damaged_...; delete it when you do not need it.",
         CheckpointWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

@@ -1,5 +1,7 @@
 """Leaves of a state on their way to disk and back: the arrays go to orbax, everything else to a manifest."""
 
+import functools
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxrl_suite.io import processes
 
 _SCALARS = (bool, int, float, complex, str)
 
@@ -43,8 +47,6 @@ def disassemble(state: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         if "shape" not in entry:
             entry["value"] = repr(leaf) if isinstance(leaf, float | complex) else leaf
         elif 0 not in entry["shape"]:  # orbax refuses arrays without elements; their shape says it all
-            if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-                raise ValueError(f"state{name}: has shards on other processes. Save from a run of a single process.")
             arrays[_array_name(index)] = jax.random.key_data(leaf) if entry["kind"] == "key" else _as_array(leaf)
         if entry["kind"] == "key":
             entry["implementation"] = str(jax.random.key_impl(leaf))
@@ -146,16 +148,89 @@ def _like(stored: np.ndarray, leaf: Any) -> jax.Array:
     return weak.at[...].set(array) if weak.dtype == array.dtype else array
 
 
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def gather(state: Any) -> Any:
+    """The state with every array whole on the writer; all processes call it. Nothing happens where there is one.
+
+    One leaf at a time crosses the network, and only the writer keeps it.
+    """
+    if jax.process_count() == 1:
+        return state
+
+    def whole(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        array = processes.to_host(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+        if not processes.is_writer():
+            return None
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array
+
+    return jax.tree.map(whole, state)
+
+
+def host_template(template: Any) -> Any:
+    """A template of the same shapes and dtypes whose arrays are restored on the host."""
+
+    def on_host(leaf: Any) -> Any:
+        if _is_key(leaf):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) if _lives_on_device(leaf) else leaf
+
+    return jax.tree.map(on_host, template)
+
+
+def spread(state: Any, template: Any, sharding: Any) -> Any:
+    """The writer's state, read into :func:`host_template`, on every process: each leaf where the template wants it."""
+    wanted, structure = jax.tree.flatten(template)
+    own = jax.tree.leaves(state) if processes.is_writer() else [None] * len(wanted)
+    plain = [None if hasattr(leaf, "dtype") else leaf for leaf in own]
+    plain = pickle.loads(processes.broadcast_bytes(pickle.dumps(plain)))
+    result = []
+    for leaf, mine, scalar, place in zip(wanted, own, plain, _places(template, wanted, sharding), strict=True):
+        if not hasattr(leaf, "dtype"):
+            result.append(scalar)
+        elif _is_key(leaf):
+            words = jax.eval_shape(jax.random.key_data, leaf)
+            data = processes.broadcast_array(
+                None if mine is None else np.asarray(jax.random.key_data(mine)), words.shape, words.dtype
+            )
+            wrap = functools.partial(jax.random.wrap_key_data, impl=jax.random.key_impl(leaf))
+            result.append(wrap(jnp.asarray(data)) if place is None else jax.jit(wrap, out_shardings=place)(data))
+        else:
+            array = processes.broadcast_array(mine, leaf.shape, leaf.dtype)
+            if not _lives_on_device(leaf):
+                result.append(array[()] if isinstance(leaf, np.generic) else array.copy())
+            elif place is None:
+                result.append(_like(array, leaf))
+            else:
+                result.append(jax.make_array_from_callback(leaf.shape, place, lambda index, array=array: array[index]))
+    return jax.tree.unflatten(structure, result)
+
+
+# --- orbax -----------------------------------------------------------------------------------------------------------
+
+
 def _orbax() -> Any:
     import orbax.checkpoint  # takes a fifth of a second
 
     return orbax.checkpoint
 
 
+def _checkpointer(ocp: Any) -> Any:
+    """Of this process alone: in a job of several, the writer holds whole arrays and nobody else touches the disk."""
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own}, barrier_sync_key_prefix="own")
+    options = alone if jax.process_count() > 1 else ocp.options.MultiprocessingOptions()
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
+
+
 def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
     """Has orbax write a flat dict of arrays and return when it is done."""
     ocp = _orbax()
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _checkpointer(ocp) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(arrays))
 
 
@@ -168,5 +243,5 @@ def restore_arrays(path: Path, places: dict[str, Any]) -> dict[str, Any]:
         else ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=place)
         for name, place in places.items()
     }
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _checkpointer(ocp) as checkpointer:
         return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
