@@ -49,6 +49,7 @@ class OwnDataConfig(Config):
     num_prompts: int = field(8, help="questions a rollout")
     group_size: int = field(8, help="completions a question")
     num_minibatches: int = field(1, help="optimiser steps a rollout")
+    num_microbatches: int = field(1, help="pieces that are differentiated one after another: less memory, same result")
     max_prompt: int = field(256, help="longest prompt in tokens; longer ones are left out and counted")
     max_tokens: int = field(128, help="longest completion in tokens")
     temperature: float = field(1.0, help="of sampling")
@@ -62,6 +63,8 @@ class OwnDataConfig(Config):
     kl_in_influence: bool = field(False, help="include the penalty in the gradients of the influence (published: True)")
     influence_clip: float | None = field(None, help="norm to which those gradients are clipped (published: 1.0)")
     influence_paths: tuple[str, ...] = field((), help="parameters that count in the influence; all if empty")
+    influence_layers: tuple[int, ...] = field((), help="first and last layer that count in the influence (10,25)")
+    entropy_coefficient: float = field(0.0, help="factor on the entropy bonus; 0 is off")
     lora_rank: int = field(0, help="rank of the trained differences; 0 trains everything")
     reward_seconds: float = field(60.0, help="a reward function that takes longer for a batch is given up")
     save: bool = field(False, help="write the trained model to WORKDIR/model")
@@ -185,6 +188,7 @@ class _Session:
                 estimator=config.estimator, group_size=config.group_size, num_minibatches=config.num_minibatches,
                 combine=config.combine, gain_on=config.gain_on, kl_in_influence=config.kl_in_influence,
                 influence_clip=config.influence_clip, influence_paths=config.influence_paths,
+                influence_layers=config.influence_layers, num_microbatches=config.num_microbatches,
             ),
             loss=alignment.LossConfig(clip_low=min(config.clip, 1.0), clip_high=config.clip,
                                       dual_clip=max(3.0, config.clip), kl_kind=kl_kind),
@@ -195,7 +199,7 @@ class _Session:
             assemble=(lambda lora_params, base: lm.apply_lora(base, lora_params, lora)) if lora else lambda p, _: p,
         )  # fmt: skip
         self.keep_reference = kl_kind != "none" or lora is not None
-        hparams = alignment.TrainerHParams(kl_coefficient=config.kl_coefficient)
+        hparams = alignment.TrainerHParams(config.kl_coefficient, config.entropy_coefficient)
         self._update = jax.jit(
             lambda state, prompts, mask, generation, rewards, scored, objectives: alignment.update(
                 self.trainer, state, prompts, mask, generation, rewards, scored, hparams=hparams, objectives=objectives

@@ -2,10 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from jaxrl_suite import alignment
+from experiments.alignment.bit_policy import BitSampling, bit_policy
+from jaxrl_suite import alignment, pareto
 from jaxrl_suite.alignment import LossConfig
-from jaxrl_suite.testing import Algorithm
+from jaxrl_suite.envs import tied_bits
+from jaxrl_suite.testing import Algorithm, Loop
 
 MASK = [[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
 
@@ -86,3 +89,35 @@ ALGORITHMS = [
                   alignment.RunningMean(mean, jnp.array(7, jnp.int32)), values).mean,
               arrays((), (6,)), differentiable=(0, 1)),
 ]  # fmt: skip
+
+
+# The whole trainer: parameters, optimiser, archive of the weight rule, log-weights, running mean, key.
+_TRAINER = alignment.Trainer(
+    policy=bit_policy(2, autoregressive=True),
+    config=alignment.TrainerConfig(group_size=8),
+    loss=LossConfig(kl_kind="none"),
+    rule=pareto.hypervolume_gain_weights(jnp.array([0.5, 0.5]), capacity=3),
+    optimizer=optax.adam(0.1),
+    sampling=BitSampling,
+)
+
+
+def _init(key):
+    return alignment.init_trainer(key, _TRAINER, {"theta": jnp.array([0.3, -0.2, 0.5])}, num_objectives=2)
+
+
+@jax.jit
+def _step(state):
+    prompts, mask = jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 1), bool)
+    return alignment.trainer_step(
+        _TRAINER, state, prompts, mask, lambda params, generation, lengths: tied_bits.rewards(generation.tokens).T
+    )[0]
+
+
+def _advance(state, start, num_steps):
+    for _ in range(num_steps):  # the state knows its step
+        state = _step(state)
+    return state
+
+
+LOOPS = [Loop("alignment.trainer", _init, _advance)]

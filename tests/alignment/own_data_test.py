@@ -1,5 +1,12 @@
 """The command on data of one's own: ten questions, an own reward, a front; bad files are named."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -76,6 +83,39 @@ def test_own_questions_and_own_reward(ten_questions, tmp_path, capsys):
     assert (workdir / "plots" / "front.png").exists()
     launch("alignment", [*command, "--resume"])
     assert "front/points" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # two training runs in processes of their own: python -m pytest -m slow tests/alignment
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
+    """Property 36: SIGKILL in the middle, then --resume: the numbers equal those of a run never stopped (LoRA too)."""
+    root = Path(__file__).resolve().parent.parent.parent
+    command = [
+        sys.executable, "-m", "experiments.alignment.launch", "--study=own_data", "--preset=smoke", "--num_steps=8",
+        "--lora_rank=2", "--learning_rate=0.01", "--checkpoint_every=2", "--log_every=1", "--weights=hypervolume_gain",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    workdir = tmp_path / "killed"
+    metrics = workdir / "metrics.jsonl"
+    started = subprocess.Popen(
+        [*command, f"--workdir={workdir}"],
+        cwd=root,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 500
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        assert started.poll() is None and time.monotonic() < deadline, "the run ended, or never wrote three steps"
+        time.sleep(0.05)
+    started.send_signal(signal.SIGKILL)
+    assert started.wait() == -signal.SIGKILL and not (workdir / "summary.json").exists()
+    for folder, extra in ((workdir, ["--resume"]), (tmp_path / "whole", [])):
+        subprocess.run([*command, f"--workdir={folder}", *extra], cwd=root, env=environment, check=True)
+    resumed, whole = (files.load_arrays(folder / "results.npz") for folder in (workdir, tmp_path / "whole"))
+    for name, values in whole.items():
+        np.testing.assert_array_equal(resumed[name], values, err_msg=name)
+    assert len(metrics.read_text().splitlines()) == 8
+    assert np.ptp(whole["points"]) > 0
 
 
 def test_unknown_objectives_are_refused(tmp_path, capsys):

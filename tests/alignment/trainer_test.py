@@ -211,9 +211,8 @@ def test_influence_of_a_range_of_layers(key, x64):
             assemble=lambda p, _: {"theta": jnp.sum(p["layers"]["bias"], axis=0) + p["head"]},
         )
         state = alignment.init_trainer(key, summed, params, num_objectives=2)
-        generation = alignment.rollout(summed, state, *PROMPTS)
-        rewards = reward(None, generation, None).reshape(2, 8, 16)
-        found.append(np.asarray(alignment.update(summed, state, *PROMPTS, generation, rewards)[1].influence))
+        step = jax.jit(lambda s, t=summed: alignment.trainer_step(t, s, *PROMPTS, reward)[1].influence)
+        found.append(np.asarray(step(state)))
     np.testing.assert_allclose(found[1], 0.5 * found[0], rtol=1e-12)
     with pytest.raises(ValueError, match="influence_layers"):
         TrainerConfig(influence_layers=(3, 1))

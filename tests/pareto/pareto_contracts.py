@@ -113,6 +113,11 @@ RULES = {
     ),
     "gdpo_weights": (rule(pareto.gdpo_weights, rewards=True), weighted(REWARDS), (0, 1)),
     "mo_grpo_weights": (rule(pareto.mo_grpo_weights, rewards=True), weighted(REWARDS), (0, 1)),
+    "famo_weights": (
+        rule(lambda w: pareto.famo_weights(w, jnp.full_like(w, 4.0)), objectives=True),
+        weighted(vectors((K,))),
+        (1,),
+    ),
     "lagrangian_weights": (
         rule(lambda w: pareto.lagrangian_weights(w, jnp.full_like(w, 4.0), 0.1), objectives=True),
         weighted(vectors((K,))),
@@ -148,7 +153,32 @@ def quadratics(params, centres):
     return result.values, result.influence, result.pullback(jnp.ones_like(result.values))
 
 
+def scalarised(objectives, raw):
+    """All scalarisations at weights on the simplex and an ideal point above the objectives."""
+    weights, ideal = jax.nn.softmax(raw), jnp.full_like(objectives, 5.0)
+    arguments = (objectives, weights, ideal)
+    return jnp.stack([
+        pareto.linear(objectives, weights), pareto.tchebycheff(*arguments, augmentation=0.1),
+        pareto.smooth_tchebycheff(*arguments), pareto.boundary_intersection(*arguments),
+    ])  # fmt: skip
+
+
+def indicators(points, front, raw):
+    weights = jax.nn.softmax(raw)
+    return pareto.igd_plus(points, front), pareto.r2(points, weights, jnp.full_like(points[0], 5.0))
+
+
+def conflicting(key):
+    """Inner products of random gradients."""
+    rows = jax.random.normal(key, (K, 5))
+    return (rows @ rows.T,)
+
+
 ALGORITHMS = [
+    Algorithm("pareto.scalarisers", scalarised, vectors((K,), (K,)), differentiable=(0, 1)),
+    Algorithm("pareto.indicators", indicators, vectors((4, K), (5, K), (6, K)), differentiable=(0,)),
+    *[Algorithm(f"pareto.aggregate[{name}]", lambda g, name=name: pareto.aggregate(g, name), conflicting)
+      for name in ("mgda", "imtl_g", "upgrad")],
     *[
         Algorithm(f"pareto.hypervolume[{k}]", pareto.hypervolume, points(6, k), differentiable=(0, 1))
         for k in (2, 3, 4)
