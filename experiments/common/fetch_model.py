@@ -107,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Brings a real model to a folder.")
     parser.add_argument("name", help="smollm2-135m, or OWNER/NAME of the Hugging Face hub")
     parser.add_argument("--to", type=Path, default=None, help="folder; .cache/models/NAME by default")
+    parser.add_argument("--helpshort", action="help", help="the same as --help, as the launchers have it")
     arguments = parser.parse_args()
     try:
         print(fetch_model(arguments.name, arguments.to))

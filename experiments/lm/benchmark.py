@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--part", default="decode1,decode16,step,load", help="parts, separated by commas")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of each side")
     parser.add_argument("--new_tokens", type=int, default=40, help="tokens of a continuation")
+    parser.add_argument("--helpshort", action="help", help="the same as --help, as the launchers have it")
     arguments = parser.parse_args()
     folder, repeats = arguments.model, arguments.repeats
     parts = {

@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--speed", action="store_true", help="print tokens per second")
+    parser.add_argument("--helpshort", action="help", help="the same as --help, as the launchers have it")
     try:
         answer(parser.parse_args())
     except (ValueError, OSError, ImportError) as error:

@@ -223,7 +223,8 @@ def forward(
         ``(x [B, T, D], aux)``: the residual stream before the final norm; aux with a leading axis L.
     """
     if positions is None:
-        positions = sequence_positions(jnp.zeros_like(tokens) if segments is None else segments)
+        steps = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        positions = steps if segments is None else sequence_positions(segments)
     feed_forward = default_feed_forward(config, parallel) if feed_forward is None else feed_forward
 
     def layer(x: Array, params: Params, window: int | None) -> tuple[Array, Any]:
