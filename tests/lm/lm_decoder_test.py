@@ -109,18 +109,17 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
     np.testing.assert_allclose(logits, expected, atol=0.1)
 
 
-@pytest.mark.parametrize("name", ["qwen3_yarn", "qwen2_moe"])
-def test_float64_is_float64_throughout(name, x64):
+def test_float64_is_float64_throughout(x64):
     """Nothing of the program is narrower, and the derivative equals central differences within 1e-6."""
-    config = CONFIGS[name].replace(num_layers=1, param_dtype="float64")
+    config = CONFIGS["qwen2_moe"].replace(
+        num_layers=1, param_dtype="float64", qk_norm=True, rope_scaling="yarn", rope_factor=4.0, rope_original_length=32
+    )
     params = lm_decoder.parameters(config, dtype=np.float64)
     tokens = jnp.array([[1, 5, 2, 7, 3]], jnp.int32)
     batch = lm.SupervisedBatch(tokens, jnp.ones(tokens.shape))
 
     def losses(params):
-        scored = lm.log_probs(params, tokens, config=config).sum()
-        learnt = lm.supervised_loss(params, batch, config=config)
-        return jnp.sum(jnp.sin(lm.apply(params, tokens, config=config))) + scored + learnt
+        return lm.log_probs(params, tokens, config=config).sum() + lm.supervised_loss(params, batch, config=config)
 
     def along(step):  # on a line through the parameters
         return losses(jax.tree.map(lambda leaf, d: leaf + step * d, params, direction))
