@@ -12,7 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.common.flags import Settings, UsageError
+from experiments.common.launch import prepare_jax
 from experiments.common.run import load_result
+from experiments.common.study import load_study
+from jaxrl_suite.io import processes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FLAGS = [
@@ -20,7 +24,6 @@ FLAGS = [
     "--foldings=attention=tp2.dp4 experts=ep8", "--log_every=1", "--checkpoint_every=2",
 ]  # fmt: skip
 PROGRAM = "import sys; from experiments.common.launch import launch; launch('moe', sys.argv[1:])"
-pytestmark = pytest.mark.subprocess
 
 
 def start(workdir, num_processes, *flags):
@@ -69,6 +72,7 @@ def assert_same_numbers(workdir, whole):
     assert [sorted(row) for row in lines(workdir)] == [sorted(row) for row in lines(whole)]  # one writer, no line twice
 
 
+@pytest.mark.subprocess
 def test_two_processes_train_as_one_does_and_write_once(tmp_path, whole):
     codes, ended = finish(start(tmp_path / "run", 2))
     assert codes == [0, 0], ended
@@ -78,6 +82,7 @@ def test_two_processes_train_as_one_does_and_write_once(tmp_path, whole):
 
 
 @pytest.mark.slow
+@pytest.mark.subprocess
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_killed_the_other_stops_and_four_resume_to_the_same_numbers(tmp_path, whole, victim):
     workdir = tmp_path / "run"
@@ -99,13 +104,15 @@ def test_one_killed_the_other_stops_and_four_resume_to_the_same_numbers(tmp_path
     assert_same_numbers(workdir, whole)
 
 
-def test_processes_that_cannot_meet_say_so():
-    for flags, message in (
-        (["--num_processes=2"], "give --coordinator=host:port"),
-        (["--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=2"], "from 0 to num_processes - 1"),
-        (["--coordinator=here", "--num_processes=2", "--process_id=0"], "must be host:port"),
-        (["--coordinator=127.0.0.1:1", "--num_processes=3", "--process_id=0"], "must divide the 8 virtual CPU devices"),
-    ):
-        command = [sys.executable, "-c", PROGRAM, *FLAGS, *flags]
-        ended = subprocess.run(command, env={**os.environ, "XLA_FLAGS": ""}, cwd=ROOT, capture_output=True, text=True)
-        assert ended.returncode == 2 and message in ended.stderr, ended.stderr
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_processes": 2}, "give --coordinator=host:port"),
+        ({"coordinator": "127.0.0.1:1", "num_processes": 2, "process_id": 2}, r"from 0 to num_processes - 1"),
+        ({"coordinator": "here", "num_processes": 2, "process_id": 0}, "must be host:port"),
+        ({"coordinator": "127.0.0.1:1", "num_processes": 3, "process_id": 0}, "must divide the 8 virtual CPU devices"),
+    ],
+)
+def test_processes_that_cannot_meet_say_so(settings, message):
+    with pytest.raises((UsageError, processes.ProcessError), match=message):
+        prepare_jax(load_study("moe", "text_folding"), Settings(**settings))
