@@ -15,7 +15,7 @@ import numpy as np
 from jaxrl_suite.config import check
 from jaxrl_suite.types import HostReward
 
-FAULTS = ("none", "nan", "out_of_range", "raised", "timed_out")
+FAULTS = ("none", "nan", "not_numeric", "out_of_range", "raised", "timed_out")
 
 
 class Scores(NamedTuple):
@@ -129,7 +129,10 @@ _FAILED = object()
 def _fault(value: Any, low: float, high: float) -> str | None:
     if value is None:
         return "none"
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return "not_numeric"
     if math.isnan(number):
         return "nan"
     return None if math.isfinite(number) and low <= number <= high else "out_of_range"

@@ -18,7 +18,7 @@ the hypervolume indicator gradient field"; Batcher (1968), "Sorting networks and
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -197,7 +197,7 @@ def _integrate(cells: Array, tile: _Tile, keep: int | None = None) -> Array:
     return cells[0] if keep is None else jnp.concatenate([cells[:1], cells[1:] - cells[:-1]], axis=0)
 
 
-def _map_tiles(function: Callable[..., Array], many_cells: bool) -> Callable[..., Array]:
+def _map_tiles(function: Callable[..., Any], many_cells: bool) -> Callable[..., Any]:
     """All tiles at once, or one after another where the cells of all would not fit the cache."""
     return (lambda *tiles: jax.lax.map(lambda one: function(*one), tiles)) if many_cells else jax.vmap(function)
 

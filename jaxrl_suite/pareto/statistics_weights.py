@@ -35,7 +35,7 @@ class AverageState(NamedTuple):
     count: Array
 
 
-def _average(state: AverageState, value: Array, decay: float) -> tuple[AverageState, Array]:
+def _average(state: AverageState, value: Array, decay: Array | float) -> tuple[AverageState, Array]:
     """Updates an exponential average and returns it without the bias towards its start."""
     count = state.count + 1
     average = decay * state.average + (1 - decay) * value

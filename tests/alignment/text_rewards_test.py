@@ -60,11 +60,12 @@ def test_conciseness_is_strict():
 
 
 def test_bad_scores_are_excluded_and_counted():
-    """None, NaN and numbers out of range: excluded, counted, never a silent zero."""
-    values = [1.0, None, float("nan"), 7.0]
-    result = alignment.score({"r": lambda prompts, completions: values}, [""] * 4, ["a"] * 4, {}, bounds={"r": (0, 1)})
-    assert result.mask.tolist() == [[True, False, False, False]]
-    assert result.faults["r"] == {"none": 1, "nan": 1, "out_of_range": 1, "raised": 0, "timed_out": 0}
+    """None, NaN, words and numbers out of range: excluded, counted, never a silent zero."""
+    values = [1.0, None, float("nan"), 7.0, "good"]
+    result = alignment.score({"r": lambda prompts, completions: values}, [""] * 5, ["a"] * 5, {}, bounds={"r": (0, 1)})
+    assert result.mask.tolist() == [[True, False, False, False, False]]
+    wrong = dict.fromkeys(("none", "nan", "not_numeric", "out_of_range"), 1)
+    assert result.faults["r"] == {**wrong, "raised": 0, "timed_out": 0}
 
 
 def test_a_raising_verifier_costs_only_its_own_completions():

@@ -112,7 +112,7 @@ def main():
         "--trl_python", default="", help="Python of an environment with trl and torch; empty: ours only"
     )
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--turns", type=int, default=1, help="0: the influence alone")
     parser.add_argument("--skip_influence", action="store_true")
     options = parser.parse_args()
     if not options.skip_influence:
