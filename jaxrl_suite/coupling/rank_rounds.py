@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.coupling.kernels import Steps, residue
+from jaxrl_suite.coupling.kernels import Steps, batch_minor, residue
 from jaxrl_suite.coupling.sorting import sort_descending
 from jaxrl_suite.coupling.tape import COLUMN, IDLE, ROW
 from jaxrl_suite.types import Array
@@ -30,6 +30,7 @@ class _Round(NamedTuple):
     steps: Steps
 
 
+@batch_minor
 def large_kernel(p: Array, q: Array) -> Steps:
     """As ``plain_kernel`` off ties, one pair after another. ``p [N, B]``, ``q [M, B]`` to L = N + M - 1 steps."""
     steps = jax.lax.map(lambda pair: _pair(*pair), (p.T, q.T))
@@ -93,5 +94,6 @@ def _before(left: Array) -> Array:
 
 
 def _sorted(side: _Side) -> _Side:
-    masses, order = sort_descending(side.masses)
+    # Pairs run one after another (`batch_minor` keeps vmap out), so the sort may take the branch that it needs.
+    masses, order = sort_descending(side.masses, exchanges=True)
     return _Side(masses, side.names[order])

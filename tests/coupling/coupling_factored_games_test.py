@@ -12,7 +12,7 @@ from jaxrl_suite.envs import code_cart
 
 CART = code_cart.code_cart(code_cart.CodeCartConfig())
 GAME = FactoredGame(code_cart.reset, code_cart.policy, code_cart.next_state, code_cart.failed)
-OPTIONS = {"num_values": 16, "horizon": 80}
+OPTIONS = {"num_values": 16, "horizon": 80, "channel": jnp.eye(2)}  # a channel throughout: one compiled function
 BLOCKS = jax.random.randint(jax.random.key(0), (32, 6), 0, 16)  # 24 bits each
 
 
@@ -52,7 +52,7 @@ def test_pushes_follow_the_policy(sent):
 def test_noise_is_corrected_for():
     """With one push in ten reversed most bits still come through, when beliefs know about it."""
     channel = jnp.array([[0.9, 0.1], [0.1, 0.9]])
-    noisy = play_factored(jax.random.key(1), GAME, CART, BLOCKS, channel=channel, **OPTIONS)
+    noisy = play_factored(jax.random.key(1), GAME, CART, BLOCKS, **{**OPTIONS, "channel": channel})
     alive = np.asarray(noisy.recording.lengths) == 80
     right = np.asarray(noisy.decoded == BLOCKS)[alive].mean()
     naive = play_factored(jax.random.key(1), GAME, CART, BLOCKS * 0, replay=noisy.recording, **OPTIONS)

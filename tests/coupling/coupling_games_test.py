@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxrl_suite.coupling.games import CodingGame, enumerate_game, play, step_code, update_belief
-from jaxrl_suite.envs.rate_grid import RateGridConfig, next_state, rate_grid, soft_policy
-from jaxrl_suite.mdp import soft_backward_induction
+from jaxrl_suite.envs.rate_grid import RateGridConfig, environment, next_state, rate_grid, soft_policy
+from jaxrl_suite.mdp import soft_value_iteration
 from tests.reference import coupling_game as oracle
 from tests.reference.coupling_greedy import argmax_greedy
 
@@ -139,9 +139,9 @@ def test_fixed_bins_saturate(played):
 
 def test_code_grid_by_enumeration():
     """Exact accuracy of a small CodeGrid: success as of the base policy, accuracy by rate, information below 2 bits."""
-    grid = rate_grid(RateGridConfig(layout=("S..", "...", "..G"), noise=0.0, horizon=5))
+    grid = rate_grid(RateGridConfig(layout=("S..", "...", "..G"), noise=0.0, horizon=4))
     successors = grid.mdp.successors[:, :, 0]
-    policies = soft_backward_induction(grid.mdp, 0.2, horizon=5).policy.probs
+    policies = soft_policy(grid, 0.2, horizon=4)
     arguments = (policies, successors, grid.entry_reward, grid.terminal, grid.start)
     silent, full = (enumerate_game(*arguments, 4, rate) for rate in (0.0, 3.0))
     assert float(silent.accuracy) == pytest.approx(1 / 4, abs=1e-5)
@@ -153,13 +153,54 @@ def test_code_grid_by_enumeration():
 
 
 def test_soft_policy(x64):
-    """Property 22: greedy when cold, uniform when hot, and reward falls with the temperature."""
+    """Property 22: greedy when cold, uniform when hot, residual below 1e-8, and reward falls with the temperature."""
     grid = rate_grid(_GRID)
     assert float(soft_policy(grid, 1e-3).max(1)[~np.asarray(grid.terminal)].min()) > 0.45
+    temperatures = jnp.array([0.01, 0.05, 0.2, 0.8])
+    policies = jax.jit(jax.vmap(lambda beta: soft_policy(grid, beta, horizon=8)))(
+        temperatures
+    )  # exact, for eight steps
+    np.testing.assert_allclose(policies.sum(-1), 1, atol=1e-9)
+    step = jnp.einsum("thsa,sak,sakz->thsz", policies, grid.mdp.transition, jax.nn.one_hot(grid.mdp.successors, 16))
+    law, rewards = jnp.zeros((4, 16)).at[:, grid.start].set(1.0), []
+    for time in range(8):
+        moved = jnp.einsum("ts,tsz->tz", jnp.where(grid.terminal, 0, law), step[:, time])
+        rewards.append(moved @ grid.entry_reward)
+        law = moved + jnp.where(grid.terminal, law, 0)
+    assert (np.diff(np.sum(rewards, axis=0)) < 0).all()
+    plan = soft_value_iteration(grid.mdp, 0.1)
+    assert bool(plan.converged) and float(plan.residual) < 1e-8
     # With an end of value zero a hot policy would rather stay; without one it is uniform.
     endless = grid.replace(terminal=jnp.zeros_like(grid.terminal))
     np.testing.assert_allclose(soft_policy(endless, 1e3), 0.25, atol=1e-2)
     np.testing.assert_allclose(soft_policy(grid, 0.3)[np.asarray(grid.terminal)], 0.25, atol=1e-6)
+
+
+def test_grid_environment():
+    """The grid behind the suite's interface: six values a step, moves, walls, goal, trap, and the horizon."""
+    config = RateGridConfig(layout=("S.", "TG"), noise=0.0, horizon=3)
+    world = environment(config)
+    reset, step = jax.jit(world.reset), jax.jit(world.step)
+    up, right, down = 0, 1, 2
+
+    def walk(*actions):
+        state, observation = reset(jax.random.key(0), world.params)
+        assert int(observation) == 0
+        for number, action in enumerate(actions):
+            out = step(jax.random.key(number), state, action, world.params)
+            state = out[0]
+        return out
+
+    for actions, cell, reward, terminated, truncated in (
+        ((up,), 0, 0.0, False, False),
+        ((right, down), 3, 1.0, True, False),
+        ((down,), 2, -1.0, True, False),
+        ((up, up, up), 0, 0.0, False, True),
+        ((up, right, down), 3, 1.0, True, False),
+    ):
+        _, observation, gain, ended, cut, info = walk(*actions)
+        assert (int(observation), gain.tolist(), bool(ended), bool(cut)) == (cell, [reward], terminated, truncated)
+        assert int(info["final_observation"]) == cell
 
 
 def test_bad_input(game):
