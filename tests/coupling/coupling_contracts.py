@@ -3,7 +3,17 @@
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.coupling import coupling_bounds, ebim_greedy, ebim_path, greedy_coupling
+from jaxrl_suite.coupling import (
+    coupling_bounds,
+    ebim_greedy,
+    ebim_path,
+    ebim_refine,
+    greedy_coupling,
+    greedy_coupling_multi,
+    mecb,
+    polished_coupling,
+    soft_coupling,
+)
 from jaxrl_suite.testing import Algorithm
 
 
@@ -68,4 +78,16 @@ ALGORITHMS = [
         loss=lambda encoder: encoder.information + jnp.sum(encoder.code**2),
         tangent=mass_preserving,
     ),
+    Algorithm(
+        "coupling.greedy_coupling_multi",
+        lambda p, q, r: greedy_coupling_multi(jnp.stack([p, q, r])),
+        laws(3, 3, 3),
+        differentiable=(0, 1, 2),
+        loss=polynomial,
+        tangent=mass_preserving,
+    ),
+    Algorithm("coupling.soft_coupling", lambda p, q: soft_coupling(p, q, 0.3), laws(4, 3)),
+    Algorithm("coupling.ebim_refine", lambda p: ebim_refine(p, 1.2), laws(4)),
+    Algorithm("coupling.mecb", lambda p, q: mecb(p, q, 1.2), laws(4, 3)),
+    Algorithm("coupling.polished_coupling", lambda p, q: polished_coupling(p, q), laws(3, 3)),
 ]
