@@ -70,9 +70,11 @@ def run(run: "Run") -> Result:
         for key in _SHOWN:
             means = [arrays[f"{name}/{value}/{key}"].mean() for value in values]
             summary[f"{name}/{key}_slope"] = log_slope(values, means)
-    # Episodes to reach epsilon is the inverse of error against K; the slope in epsilon is the inverse of that in K.
-    slope = summary["gap/loss_slope"]
-    summary["gap/episodes_against_epsilon_slope"] = 1.0 / slope if isinstance(slope, float) and slope else None
+    # With error = c D^a K^b, the episodes that reach epsilon grow as epsilon^(1 / b) and as D^(-a / b).
+    for key in _SHOWN:
+        in_episodes, in_dimension = (cast(float, summary[f"{name}/{key}_slope"]) for name in ("gap", "dimension"))
+        summary[f"gap/{key}_episodes_against_epsilon_slope"] = 1.0 / in_episodes if in_episodes else None
+        summary[f"gap/{key}_episodes_against_dimension_slope"] = -in_dimension / in_episodes if in_episodes else None
     shapes = {"episodes": np.array(config.episodes), "dimensions": np.array(config.dimensions)}
     return Result(summary, arrays | shapes)
 
@@ -94,6 +96,8 @@ def figures(result: Result) -> Mapping[str, "Figure"]:
             slope = result.summary[f"{name}/{key}_slope"]
             errorbars(axes, values, np.maximum(points, 1e-5), index, f"{key.replace('_', ' ')}, slope {slope:.2f}")
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel="of a total reward of 1", title=title)
+        axes.set_xticks(values, [str(value) for value in values])
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axes.legend(fontsize=8)
     return {"episodes": figure}
 

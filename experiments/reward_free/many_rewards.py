@@ -62,7 +62,7 @@ def run(run: "Run") -> Result:
         "rewards/largest_loss": float(loss.max()),
         "time/planning_seconds": float(rewards["seconds"]),
         "front/largest_gap": float(np.max(front["best"] - front["reached"])),
-        "front/points": int(front["explored_front"].sum()),
+        "front/distinct_points": len(np.unique(front["explored"][:, front["explored_front"]].round(6), axis=1).T),
         "front/hypervolume": float(front["explored_volume"]),
         "front/hypervolume_of_the_exact_front": float(front["exact_volume"]),
         "explorer/uncertainty": float(found["uncertainty"][-1]),

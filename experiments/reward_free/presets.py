@@ -9,14 +9,17 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
     "horizon": {
         "smoke": {
             "horizons": (16,),
-            "kinds": ("weighted", "unweighted"),
             "num_episodes": 15,
             "num_runs": 2,
             "max_doublings": 0,
             "num_random_rewards": 5,
         },
         "default": {},
-        "paper": {"horizons": (8, 16, 32, 64, 128, 256, 512, 1024), "num_runs": 64},
+        "paper": {
+            "horizons": (8, 16, 32, 64, 128, 256, 512, 1024),
+            "num_runs": 64,
+            "kinds": ("weighted", "unweighted", "widest_targets", "ucrl_rfe"),
+        },
     },
     "baselines": {
         "smoke": {

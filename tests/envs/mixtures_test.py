@@ -124,8 +124,10 @@ def test_tables_are_explored_and_played(x64, name):
     config = ExplorerConfig(horizon=world.horizon, num_episodes=40, ascent_steps=2, num_starts=2, output="final")
     found = jax.jit(lambda k: explore(k, world.mdp, config))(jax.random.key(0))
     assert bool(found.finite) and bool(found.precise)
-    learnt = np.array(found.estimate.theta / jnp.sum(world.mdp.theta))
-    np.testing.assert_allclose(learnt, world.mdp.theta / jnp.sum(world.mdp.theta), atol=0.1)
+    gap = np.array(found.estimate.theta - world.mdp.theta)
+    gram = np.array(found.estimate.gram.sum(0))
+    assert gap @ gram @ gap < 2 * 1.3**2 * world.mdp.dimension  # the joint confidence set, radius 1.3 sqrt(D) each
+    assert np.linalg.norm(gap) < 0.3 * np.linalg.norm(world.mdp.nominal - world.mdp.theta)
     rewards = jnp.array(world.rewards)[None]
     planned = plan(found, rewards)
     optimum = table_optimum(name)
