@@ -197,6 +197,7 @@ class _Session:
             sampling=lm.Sampling(max_tokens=config.max_tokens, temperature=config.temperature,
                                  stop_tokens=tuple(self.tokenizer.stop_tokens), pad_token=self.tokenizer.pad_token),
             assemble=(lambda lora_params, base: lm.apply_lora(base, lora_params, lora)) if lora else lambda p, _: p,
+            merge=jax.jit(lambda lora_params, base: lm.merge_lora(base, lora_params, lora)) if lora else None,
         )  # fmt: skip
         self.keep_reference = kl_kind != "none" or lora is not None
         hparams = alignment.TrainerHParams(config.kl_coefficient, config.entropy_coefficient)
@@ -326,8 +327,10 @@ def figures(result: Result) -> Mapping[str, "Figure"]:
         style = {**series_style(index), "marker": ""}
         axes[0].plot(steps, arrays["points"][:, index], label=name, **style)
         axes[1].plot(steps, arrays["weights"][:, index], label=name, **style)
-    axes[0].set(title="objectives (batch means)", xlabel="rollout (steps)", ylabel="value (share)", ylim=(-0.02, 1.02))
+    axes[0].set(title="objectives (batch means)", xlabel="rollout (steps)", ylabel="mean score", ylim=(-0.02, 1.02))
     axes[1].set(title="weights", xlabel="rollout (steps)", ylabel="weight (share)", ylim=(-0.02, 1.02))
+    for ax in axes:
+        ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend()
     drawn = {"training": figure}
     if len(names) > 1:
@@ -336,7 +339,7 @@ def figures(result: Result) -> Mapping[str, "Figure"]:
         ax.plot(x, y, **{**series_style(0), "linestyle": "none"}, alpha=0.35, label="every step")
         keep = arrays["front"].astype(bool)
         ax.plot(x[keep], y[keep], **{**series_style(1), "linestyle": "none"}, label="not dominated")
-        ax.set(xlabel=f"{names[0]} (share)", ylabel=f"{names[1]} (share)", title="front of the run")
+        ax.set(xlabel=f"{names[0]} (batch mean)", ylabel=f"{names[1]} (batch mean)", title="front of the run")
         ax.legend()
         drawn["front"] = figure
     return drawn

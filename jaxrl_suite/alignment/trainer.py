@@ -34,7 +34,7 @@ def rollout(trainer: Trainer, state: TrainerState, prompts: Array, mask: Array) 
     number = prompts.shape[0]
     index = jnp.arange(number * size, dtype=jnp.int32)
     ids = jnp.stack([index // size, index % size], axis=1)
-    params = trainer.assemble(state.params, state.reference)
+    params = (trainer.merge or trainer.assemble)(state.params, state.reference)
     key = jax.random.fold_in(state.key, state.step)
     return trainer.policy.generate(key, params, repeat(prompts), repeat(mask), ids, trainer.sampling)
 

@@ -110,7 +110,9 @@ class Trainer(NamedTuple):
         rule: weight rule.
         optimizer: optax optimiser.
         sampling: handed to ``policy.generate``.
-        assemble: ``assemble(params, reference) -> model parameters``: identity by default; merges LoRA.
+        assemble: ``assemble(params, reference) -> model parameters`` for the update: identity by default, LoRA's
+            thin differences beside the frozen matrices.
+        merge: the same for sampling, where whole matrices decode faster; ``assemble`` by default.
     """
 
     policy: Policy
@@ -120,6 +122,7 @@ class Trainer(NamedTuple):
     optimizer: optax.GradientTransformation
     sampling: Any
     assemble: Callable[[Any, Any], Any] = lambda params, reference: params
+    merge: Callable[[Any, Any], Any] | None = None
 
 
 class Metrics(NamedTuple):

@@ -183,6 +183,9 @@ def test_micro_batches_and_added_parts_change_nothing(key, x64):
     frozen = {"theta": jnp.array([0.3, -0.2, 0.5])}
     added = whole._replace(assemble=lambda part, base: {"theta": base["theta"] + part["theta"]})
     generation = alignment.rollout(whole, start(whole, key, frozen["theta"], frozen), *PROMPTS)
+    merged = added._replace(assemble=None, merge=added.assemble)  # sampling goes through merge
+    again = alignment.rollout(merged, start(merged, key, jnp.zeros(3), frozen), *PROMPTS)
+    np.testing.assert_array_equal(again.tokens, generation.tokens)
     rewards = reward(None, generation, None).reshape(2, 8, 16)
 
     def step(trainer, theta):
