@@ -57,6 +57,9 @@ class LanguageModelConfig(Config):
     router_groups: int = field(1, help="groups of experts for group-limited top-k")
     router_top_groups: int = field(1, help="groups that a token may use")
     router_bias: bool = field(False, help="a parameter [E] added to the scores for the selection only")
+    router_top_k: Literal["hard", "straight_through", "continuous"] = field(
+        "hard", help="how the loss sees the choice of experts; see lm.route"
+    )
     router_dtype: Literal["float32", "float64"] = field("float32", help="lowest precision of the router")
 
     init_std: float = field(0.02, help="standard deviation of initial matrices")
@@ -98,6 +101,13 @@ class LanguageModelConfig(Config):
                 "experts_per_token",
                 f"must be at most {reachable}, the experts of router_top_groups groups",
             )
+            if self.router_top_k == "continuous":
+                rule = "needs router_groups=1 and router_bias=False, since a margin is one of scores"
+                self._check(self.router_groups == 1 and not self.router_bias, "router_top_k", rule)
+                rule = (
+                    "needs experts_per_token > 1 or router_normalize=False: one weight divided by itself is no weight"
+                )
+                self._check(self.experts_per_token > 1 or not self.router_normalize, "router_top_k", rule)
 
     def _check(self, condition: bool, name: str, rule: str) -> None:
         check(condition, argument=f"LanguageModelConfig.{name}", value=getattr(self, name), rule=rule)

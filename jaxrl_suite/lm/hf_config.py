@@ -193,6 +193,7 @@ def _check_expressible(config: LanguageModelConfig) -> None:
     rule(config.router_groups == 1, "router_groups")
     rule(config.router_scale == 1.0, "router_scale")
     rule(not config.router_bias, "router_bias")
+    rule(config.router_top_k != "continuous", "router_top_k")
     rule(config.router_normalize or family != "mixtral", "router_normalize")
     rule((config.shared_width > 0 and config.shared_gate) == (family == "qwen2_moe"), "shared_width")
     standard = config.head_dim * config.num_heads == config.width

@@ -16,6 +16,17 @@ def route(logits: Array, config: LanguageModelConfig, bias: Array | None = None)
     which for softmax scores is the softmax over the chosen logits; then times ``router_scale``. With groups, a
     group's score is the sum of its k/g largest selection scores and only the g best groups compete.
 
+    How the loss sees the choice (``router_top_k``), with the same k experts run in all three:
+
+    * "hard": weights as above. Their derivative depends on the chosen logits alone (with raw softmax weights on all
+      through the normaliser); an expert that was not chosen learns nothing from the token.
+    * "straight_through": the same values, but the derivative of the scores over all experts, ``d probs``. Every logit
+      learns, from a gradient that is not that of the loss (biased).
+    * "continuous": weights in proportion to how far a score exceeds that of the best expert left out. Weights and layer
+      are continuous in the logits, since an expert leaves with weight zero, and the gradient is the exact one; it
+      reaches the k chosen and the runner-up (softmax scores: all logits). Values differ from "hard", so that a
+      pretrained model has to be tuned to it.
+
     Args:
         logits: [T, E], router outputs.
         config: the ``router_*`` fields and ``experts_per_token``.
@@ -50,9 +61,23 @@ def route(logits: Array, config: LanguageModelConfig, bias: Array | None = None)
             weights = jax.nn.softmax(jnp.take_along_axis(wide_logits, experts, axis=-1), axis=-1)
         else:
             weights = weights / (weights.sum(axis=-1, keepdims=True) + tiny)
-    weights = weights * jnp.asarray(config.router_scale, weights.dtype)
     probs = scores if softmax else scores / (scores.sum(axis=-1, keepdims=True) + tiny)
+    if config.router_top_k == "straight_through":
+        dense = jnp.take_along_axis(probs, experts, axis=-1)
+        weights = jax.lax.stop_gradient(weights - dense) + dense
+    elif config.router_top_k == "continuous":
+        weights = _margins(scores, experts)
+        if config.router_normalize:
+            weights = weights / (weights.sum(axis=-1, keepdims=True) + tiny)
+    weights = weights * jnp.asarray(config.router_scale, weights.dtype)
     return Routing(experts, weights.astype(logits.dtype), probs)
+
+
+def _margins(scores: Array, experts: Array) -> Array:
+    """By how much the chosen scores [T, k] exceed the largest that was not chosen (zero if all were)."""
+    chosen = jax.nn.one_hot(experts, scores.shape[-1], dtype=bool).any(axis=1)
+    runner_up = jnp.max(jnp.where(chosen, 0.0, scores), axis=-1, keepdims=True)
+    return jnp.take_along_axis(scores, experts, axis=-1) - runner_up
 
 
 def _mask_groups(selection: Array, config: LanguageModelConfig) -> Array:

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 
@@ -63,6 +64,51 @@ def test_nan_rows_give_valid_indices_and_nan_weights():
     routing = lm.route(jnp.full((1, 8), jnp.nan), BASE)
     assert ((routing.experts >= 0) & (routing.experts < 8)).all()
     assert jnp.isnan(routing.weights).all()
+
+
+def test_straight_through_has_the_values_of_hard_and_the_slope_of_all_scores(key, x64):
+    config = BASE.replace(router_dtype="float64", num_experts=5)
+    logits, cotangent = jax.random.normal(key, (7, 5)), jnp.arange(1.0, 15.0).reshape(7, 2)
+    hard, through = lm.route(logits, config), lm.route(logits, config.replace(router_top_k="straight_through"))
+    np.testing.assert_array_equal(through.experts, hard.experts)
+    np.testing.assert_allclose(through.weights, hard.weights, rtol=1e-12)
+    slope = jax.grad(
+        lambda x: (lm.route(x, config.replace(router_top_k="straight_through")).weights * cotangent).sum()
+    )(logits)
+    p = np.asarray(jax.nn.softmax(logits))
+    dense = np.zeros((7, 5))
+    np.put_along_axis(dense, np.asarray(hard.experts), np.asarray(cotangent), axis=1)
+    np.testing.assert_allclose(slope, p * (dense - (p * dense).sum(1, keepdims=True)), rtol=1e-9)
+    assert (np.abs(slope) > 1e-6).all()  # experts that were not chosen learn too
+
+
+@pytest.mark.parametrize("changes", [{}, {"router_score": "sigmoid"}, {"router_normalize": False}])
+def test_continuous_top_k_has_no_jump_where_the_choice_changes(changes, key, x64):
+    """Along a line of logits that swaps experts, the dense weights move as little as the logits; "hard" jumps."""
+    base = BASE.replace(router_dtype="float64", num_experts=5, **changes)
+    start, end = jax.random.normal(key, (2, 5))
+    line = start + jnp.linspace(0.0, 1.0, 4001)[:, None] * (end - start)
+
+    def steps(kind):
+        routing = lm.route(line, base.replace(router_top_k=kind))
+        dense = np.zeros((4001, 5))
+        np.put_along_axis(dense, np.asarray(routing.experts), np.asarray(routing.weights), axis=1)
+        swaps = (np.diff(np.sort(np.asarray(routing.experts)), axis=0) != 0).any()
+        return np.abs(np.diff(dense, axis=0)).max(), swaps
+
+    (largest, swaps), (jump, _) = steps("continuous"), steps("hard")
+    assert swaps and largest < 0.02 < 0.1 < jump
+    config = base.replace(router_top_k="continuous")
+    weights = lambda x: lm.route(x[None], config).weights[0]  # noqa: E731
+    jax.test_util.check_grads(weights, (start,), order=1, modes=("fwd", "rev"), atol=1e-7, rtol=1e-6)
+
+
+def test_continuous_top_k_refuses_what_it_cannot_be():
+    for changes in ({"router_bias": True}, {"router_groups": 2, "router_top_groups": 1}, {"experts_per_token": 1}):
+        with pytest.raises(ValueError, match=r"LanguageModelConfig\.router_top_k='continuous': needs"):
+            BASE.replace(router_top_k="continuous", **changes)
+    raw = BASE.replace(router_top_k="continuous", num_experts=2, router_normalize=False)
+    np.testing.assert_allclose(lm.route(jnp.zeros((1, 2)), raw).weights, [[0.5, 0.5]])  # nobody is left out
 
 
 @pytest.mark.parametrize("experts", ["all_to_one", "spread"])
