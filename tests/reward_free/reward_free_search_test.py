@@ -171,7 +171,8 @@ def test_search_over_worlds_of_their_own(x64, key):
     def one(world):
         return rf.search_rewards(world, world.theta, *pair, jnp.array(0.4), start, jnp.array(0.5), num_steps=3)[1]
 
-    np.testing.assert_allclose(jax.jit(jax.vmap(one))(stacked), [one(world) for world in worlds], atol=1e-9)
+    single = jax.jit(one)
+    np.testing.assert_allclose(jax.jit(jax.vmap(one))(stacked), [single(world) for world in worlds], atol=1e-9)
 
 
 def test_search_comes_close_to_brute_force(x64, key):
