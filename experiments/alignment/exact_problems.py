@@ -160,5 +160,6 @@ STUDY = Study(
     figures=figures,
     presets=PRESETS["exact_problems"],
     headline=("tied/best_rule_final", "tied/best_rule_archive"),
+    tour=True,
     extras={"matplotlib": "experiments", "scipy": "experiments"},
 )

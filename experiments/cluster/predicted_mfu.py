@@ -201,5 +201,6 @@ STUDY = Study(
     figures=figures,
     presets=PRESETS["predicted_mfu"],
     headline=("left_out/error_percent", "left_out/rank_correlation", "memory/out_of_memory_rows_flagged"),
+    tour=True,
     extras={"matplotlib": "experiments"},
 )

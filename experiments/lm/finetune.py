@@ -243,4 +243,5 @@ STUDY = Study(
     figures=figures,
     presets=PRESETS["finetune"],
     headline=("finetune/held_out_bits_per_byte_before", "finetune/held_out_bits_per_byte_after"),
+    tour=True,
 )
