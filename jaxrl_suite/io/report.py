@@ -12,6 +12,7 @@ from jaxrl_suite.extras import require
 from jaxrl_suite.io import files, plots
 
 Status = Literal["finished", "failed", "skipped"]
+_SHOWN_NUMBERS = 24  # of a section; more are folded away
 _MARKS = {"finished": "✓", "failed": "✗", "skipped": "–"}
 
 
@@ -198,7 +199,10 @@ def _section(section: Section, anchor: str) -> str:
         parts.append(f'<pre class="error">{_text(section.error.strip())}</pre>')
     pictures = [_figure(caption, figure) for caption, figure in section.figures.items()]
     numbers = _numbers(section.numbers) if section.numbers else ""
-    if len(pictures) == 1 and numbers and 'class="broad"' not in pictures[0]:
+    many = len(section.numbers) > _SHOWN_NUMBERS
+    if many:  # a long table would bury the sections that follow
+        numbers = f"<details><summary>All {len(section.numbers)} numbers</summary>{numbers}</details>"
+    if len(pictures) == 1 and numbers and not many and 'class="broad"' not in pictures[0]:
         parts.append(f'<div class="beside">{pictures[0]}{numbers}</div>')  # one figure leaves room for the numbers
     else:
         parts += ['<div class="figures">', *pictures, "</div>", numbers]
@@ -305,6 +309,7 @@ figure { margin: 0; flex: 1 1 24rem; max-width: min(100%, 46rem); }
 figure.broad { flex-basis: 100%; max-width: 100%; }
 figure img { display: block; width: 100%; max-width: 60rem; height: auto; background: #fff;
   border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
+summary { color: var(--link); cursor: pointer; margin: .5rem 0; }
 figcaption { color: var(--soft); font-size: .88rem; margin-top: .35rem; }
 pre { margin: 0; overflow-x: auto; background: var(--panel); border-radius: 6px; padding: .8rem 1rem; font-size: .86rem;
   line-height: 1.45; font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }

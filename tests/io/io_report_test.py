@@ -124,6 +124,15 @@ def test_bad_input(tmp_path):
     assert not (tmp_path / "r.html").exists()
 
 
+def test_many_numbers_are_folded_away(tmp_path):
+    numbers = {f"value_{index}": index for index in range(25)}
+    for count, folded in ((24, False), (25, True)):
+        part = Section(title="a / b", summary="", command="c", numbers=dict(list(numbers.items())[:count]))
+        text = report.write_report(tmp_path / "r.html", "t", [part]).read_text(encoding="utf-8")
+        assert ("<summary>All 25 numbers</summary>" in text) == folded
+        assert f"value {count - 1}" in text
+
+
 UNITS = {
     "coupling/rate_bits": ("coupling / rate", "bit"),
     "time/step_seconds": ("time / step", "s"),
