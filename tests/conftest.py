@@ -1,8 +1,13 @@
+import importlib.metadata
 import os
 import tempfile
+from pathlib import Path
 
-# Before JAX starts: eight virtual CPU devices for the multi-device tests, and one persistent compilation cache.
+# Before JAX starts: eight virtual CPU devices for the multi-device tests, and one persistent compilation cache for all
+# workers and later runs. Not on jax 0.12, which was seen to abort while it wrote a folded program into it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 12):
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".cache" / "xla"))
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
