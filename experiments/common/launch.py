@@ -77,6 +77,9 @@ def prepare_jax(study: Study, settings: Settings) -> None:
             )
         devices //= settings.num_processes
     if devices > 1:
+        # A thread a virtual device is too few: collectives that wait for each other hold theirs.
+        for name in ("NPROC", "PJRT_NPROC"):
+            os.environ.setdefault(name, str(4 * devices))
         if "JAX_PLATFORMS" not in os.environ:  # the devices are virtual CPUs also where there is one GPU or TPU
             jax.config.update("jax_platforms", "cpu")
         try:
