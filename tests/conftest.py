@@ -14,8 +14,8 @@ os.environ["XLA_FLAGS"] = (
 )
 # XLA's CPU pool has a thread a device, and a collective that waits holds one: two at once can wait for each other for
 # ever (seen once in a pipeline on two cores). More threads than collectives in flight rule that out.
-for name in ("NPROC", "PJRT_NPROC"):
-    os.environ.setdefault(name, "32")
+os.environ.setdefault("NPROC", "32")
+os.environ.setdefault("PJRT_NPROC", "32")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Notebooks (run by nbmake, in kernels that inherit this): small, and away from the checkout.
 os.environ.setdefault("JAXRL_PRESET", "smoke")
