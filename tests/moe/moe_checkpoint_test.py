@@ -16,8 +16,10 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("saved", "restored"), PAIRS)
-@pytest.mark.parametrize("sharding", ["none", "zero1"])
+@pytest.mark.parametrize(
+    ("saved", "restored", "sharding"),
+    [(*pair, sharding) for pair, sharding in zip(PAIRS, ("none", "zero1", "zero1"), strict=True)],
+)
 def test_checkpoints_move_between_foldings(saved, restored, sharding, tmp_path):
     """Property 24: parameters and optimizer state bit for bit, in the layout of the new folding."""
     config = moe.MoEConfig(model=MODEL, sharding=sharding)
