@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -79,6 +80,9 @@ class OwnDataConfig(Config):
         count = len(self.base_weights)
         check(count in (0, len(names)), argument="base_weights", value=self.base_weights,
               rule=f"must be one number for each of the {len(names)} objectives")  # fmt: skip
+        on_simplex = min(self.base_weights, default=1) >= 0 and math.isclose(sum(self.base_weights), 1, abs_tol=1e-6)
+        check(not count or on_simplex, argument="base_weights", value=self.base_weights,
+              rule="must be non-negative and sum to one", remedy="Divide them by their sum")  # fmt: skip
         for name in ("num_steps", "num_prompts", "group_size", "max_prompt", "max_tokens"):
             check(getattr(self, name) > 0, argument=name, value=getattr(self, name), rule="must be positive")
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrl_suite.config import check
 from jaxrl_suite.types import HostReward
 
 FAULTS = ("none", "nan", "not_numeric", "out_of_range", "raised", "timed_out")
@@ -36,6 +35,10 @@ class Scores(NamedTuple):
 
 class _TimedOut(Exception):
     """A verifier took longer than it may."""
+
+
+class _WrongNumber(ValueError):
+    """A verifier returned more or fewer scores than completions."""
 
 
 def _call(function: Callable[[], Any], timeout: float | None) -> Any:
@@ -63,12 +66,8 @@ def _call(function: Callable[[], Any], timeout: float | None) -> Any:
 
 def _checked(name: str, scores: Any, number: int) -> list[Any]:
     values = list(scores)
-    check(
-        len(values) == number,
-        argument=f"reward {name!r}",
-        value=len(values),
-        rule=f"must return one number a completion, {number} here",
-    )
+    if len(values) != number:
+        raise _WrongNumber(f"reward {name!r}={len(values)}: must return one number a completion, {number} here.")
     return values
 
 
@@ -156,10 +155,8 @@ def _values(
         faults["timed_out"] += number
         messages[name] = str(error)
         return [_FAILED] * number
-    except ValueError as error:
-        if str(error).startswith("reward "):
-            raise
-        messages[name] = f"{type(error).__name__}: {error}"
+    except _WrongNumber:
+        raise
     except Exception as error:
         messages[name] = f"{type(error).__name__}: {error}"
     values = []
@@ -168,6 +165,8 @@ def _values(
         alone = (prompts[i : i + 1], completions[i : i + 1])
         try:
             values += _checked(name, _call(lambda a=alone, o=one: function(*a, **o), timeout), 1)
+        except _WrongNumber:
+            raise
         except Exception as error:
             faults["timed_out" if isinstance(error, _TimedOut) else "raised"] += 1
             values.append(_FAILED)

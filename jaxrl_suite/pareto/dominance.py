@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jaxrl_suite.config import check
@@ -85,6 +86,7 @@ def init_archive(capacity: int, reference: Array) -> Archive:
     )
 
 
+@jax.jit
 def archive_insert(archive: Archive, point: Array, *, label: Array | int = 0) -> tuple[Archive, Array, Array]:
     """Offers a point to the archive.
 
@@ -119,8 +121,13 @@ def archive_insert(archive: Archive, point: Array, *, label: Array | int = 0) ->
     labels = jnp.concatenate([archive.labels, jnp.asarray(label, jnp.int32)[None]])
     mask = jnp.concatenate([stays, enters[None]])
     overflow = jnp.all(mask)
-    shares = hypervolume_contributions(points, archive.reference, mask=mask)
-    loser = jnp.argmin(jnp.where(mask, shares, jnp.inf))
+    # Contributions cost N volumes, and nobody asks for them while there is room.
+    loser = jax.lax.cond(
+        overflow,
+        lambda rows: jnp.argmin(hypervolume_contributions(rows, archive.reference)).astype(jnp.int32),
+        lambda rows: jnp.zeros((), jnp.int32),
+        points,
+    )
     # One row goes in any case: the least contributor if all rows are taken, else the first that is free.
     leaves = jnp.where(overflow, loser, jnp.argmin(mask))
     last = points.shape[0] - 1

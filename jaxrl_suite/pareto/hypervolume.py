@@ -34,17 +34,22 @@ def _(axis_size: int, in_batched: list[bool], points: Array) -> tuple[tuple[Arra
     return (total.reshape((axis_size, -1)), gradient.reshape(points.shape)), (True, True)
 
 
+# Compiled also where the caller does not: a sorting network is hundreds of small operations.
+_one_volume = jax.jit(lambda points: _batch_volume(points[None])[0])
+_one_gradient = jax.jit(lambda points: jax.tree.map(lambda part: part[0], _batch_gradient(points[None])))
+
+
 @jax.custom_jvp
 def _origin_volume(points: Array) -> Array:
     """Volume of the union of the boxes [0, p_i], points [N, K] not negative."""
-    return _batch_volume(points[None])[0]
+    return _one_volume(points)
 
 
 @_origin_volume.defjvp
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     # A custom_jvp whose tangent is linear: JAX transposes it, so both modes cost one gradient.
-    total, gradient = _batch_gradient(primals[0][None])
-    return total[0], jnp.sum(gradient[0] * tangents[0])
+    total, gradient = _one_gradient(primals[0])
+    return total, jnp.sum(gradient * tangents[0])
 
 
 def _above_reference(points: Array, reference: Array, mask: Array | None) -> Array:

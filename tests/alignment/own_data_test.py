@@ -118,7 +118,27 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
     assert np.ptp(whole["points"]) > 0
 
 
-def test_unknown_objectives_are_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        launch("alignment", ["--study=own_data", "--preset=smoke", "--objectives=beauty", f"--workdir={tmp_path}/run"])
-    assert "beauty" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--objectives=beauty",), "beauty"),
+        (("--objectives=accuracy,accuracy",), "none twice"),
+        (("--base_weights=0.5,0.5,0.5",), "base_weights=(0.5, 0.5, 0.5): must be non-negative and sum to one"),
+        (("--base_weights=-1,1,1",), "must be non-negative"),
+        (("--base_weights=nan,0.5,0.5",), "sum to one"),
+        (("--base_weights=1",), "one number for each of the 3 objectives"),
+        (("--weights=best",), "unknown weight rule. Rules: fixed"),
+        (("--group_size=1", "--estimator=rloo"), "a group of one"),
+        (("--max_prompt=3",), "every prompt is longer"),
+        (("--rewards=none.py",), "no such file"),
+        (("--data=none.parquet",), "no such file"),
+    ],
+)
+def test_bad_input_is_refused_before_training(tmp_path, capsys, flags, message):
+    """Every line of bad input that is known at the start: one line, exit code not 0, nothing trained."""
+    workdir = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        launch("alignment", ["--study=own_data", "--preset=smoke", *flags, f"--workdir={workdir}"])
+    assert stopped.value.code not in (0, None)
+    assert message in capsys.readouterr().err
+    assert not (workdir / "metrics.jsonl").exists() or not (workdir / "metrics.jsonl").read_text()

@@ -100,3 +100,15 @@ def test_a_hanging_verifier_is_bounded():
 def test_wrong_number_of_scores_is_an_error():
     with pytest.raises(ValueError, match=r"reward 'r'=1: must return one number a completion, 2 here"):
         alignment.score({"r": lambda prompts, completions: [1.0]}, ["", ""], ["a", "b"], {})
+
+
+def test_an_error_of_the_users_own_is_a_fault_not_a_wrong_number():
+    """A ValueError that a verifier raises costs its completions only, whatever its words."""
+
+    def picky(prompts, completions):
+        if "bad" in completions:
+            raise ValueError("reward 'r' wants other words")
+        return [1.0] * len(completions)
+
+    result = alignment.score({"r": picky}, ["", ""], ["bad", "ok"], {})
+    assert result.mask.tolist() == [[False, True]] and result.faults["r"]["raised"] == 1

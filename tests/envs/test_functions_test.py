@@ -11,11 +11,12 @@ from jaxrl_suite.envs import test_functions
 def test_hypervolume_of_the_fronts(name, x64):
     """Property 4: closed forms; the error of sampling shrinks like 1 / n."""
     reference, value = test_functions.HYPERVOLUMES[name]
-    errors = []
-    for number in (501, 1001):
-        front = test_functions.known_front(name, number)
-        errors.append(value - float(pareto.hypervolume(jnp.asarray(-front), jnp.full(2, -reference))))
-    assert 0 < errors[1] < (0.6 * errors[0] if name != "fonseca_fleming" else 1e-3)
+    front = jnp.asarray(-test_functions.known_front(name, 1001)[::4])
+    half = jnp.arange(front.shape[0]) % 2 == 0  # every second point, the ends among them: one shape for both
+    errors = [
+        value - float(pareto.hypervolume(front, jnp.full(2, -reference), mask=mask)) for mask in (half, half | True)
+    ]
+    assert 0 < errors[1] < 0.55 * errors[0] < 0.003
 
 
 def test_problems_lie_on_their_fronts(x64):
