@@ -4,22 +4,21 @@ import argparse
 import csv
 import difflib
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from experiments.cluster.models import MODELS
+from experiments.cluster.confirm import Confirmed, compiler_of, confirm
+from experiments.cluster.models import MODELS, find_model
+from experiments.cluster.plan_report import as_json, print_confirmed, print_launch, print_report
 from jaxrl_suite.lm import LanguageModelConfig
 from jaxrl_suite.moe.cost_fit import PAPER_CONSTANTS, Fit
 from jaxrl_suite.moe.cost_model import RECOMPUTE, Workload
 from jaxrl_suite.moe.cost_time import Constants
-from jaxrl_suite.moe.cost_traffic import step_traffic
 from jaxrl_suite.moe.folding import Folding
 from jaxrl_suite.moe.hardware import Hardware, named_hardware
 from jaxrl_suite.moe.planner import Candidate, Plan, plan, predict, smallest_fitting_count
-from jaxrl_suite.moe.planner_explain import PARTS, explain, folding_gain, shares
 from jaxrl_suite.moe.planner_rows import fit_rows, parse_rows
 
 _EPILOG = """examples:
@@ -57,110 +56,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked = _asked(model, options, found, workload, hardware, constants) if options.folding else None
     except (ValueError, OSError) as error:
         _fail(str(error))
+    if not options.json:
+        print_report(options, model, found, asked, hardware, constants, refit)
+    confirmed = _confirm(options, model, found, hardware, constants) if options.confirm else []
     if options.json:
-        print(json.dumps(as_json(options.model, found, asked, hardware, constants, options.top), indent=2))
+        print(json.dumps(as_json(options.model, found, asked, hardware, constants, options.top, confirmed), indent=2))
         return 0
-    _print_report(options, model, found, asked, hardware, constants, refit)
-    if options.confirm:
-        try:
-            _confirm(options, model, found.fitting[: options.confirm], hardware)
-        except (ValueError, ImportError) as error:
-            _fail(str(error))
+    fitting = [item.candidate for item in confirmed if item.fits]
+    if confirmed and not fitting:
+        _fail(
+            f"none of the {len(confirmed)} compiled fits {hardware.memory_bytes / 1e9:.0f} GB: try a larger --confirm, "
+            "more --gpus or a shorter --sequence."
+        )
+    best = min(fitting, key=lambda c: c.seconds.total) if fitting else found.fitting[0]
+    print_launch(options, best, hardware, confirmed=bool(fitting))
     return 0
 
 
-# What the train step repeats for a level of the planner; it has no level for activation functions alone.
-_REMAT: dict[str, Any] = {"none": "none", "activation": "experts", "moe": "experts", "full": "full"}
-
-
 def _confirm(
-    options: argparse.Namespace, model: LanguageModelConfig, best: Sequence[Candidate], hardware: Hardware
-) -> None:
-    """Compiles the real train step of the best few and compares its memory with the planner's.
+    options: argparse.Namespace,
+    model: LanguageModelConfig,
+    found: Plan,
+    hardware: Hardware,
+    constants: Constants,
+) -> list[Confirmed]:
+    """Compiles the real train step of the best until enough of them fit, and prints each as it is done.
 
     Weights are float32 with bfloat16 products there, split over data ranks between steps: not the bytes of the
     planner's bfloat16 framework, which the sum nevertheless should be near.
     """
-    from experiments.cluster.compile import compile_train_step
-    from experiments.cluster.topology import topology_devices
-    from jaxrl_suite.moe.config import MoEConfig
-
-    if options.gpus % hardware.node_size:
-        raise ValueError(f"--confirm: --gpus={options.gpus} must be whole nodes of {hardware.node_size}.")
-    devices = topology_devices("cuda", f"1x{options.gpus // hardware.node_size}x{hardware.node_size}")
-    print("\nCompiled for H100s (the real train step, capacity factor 1):")
-    for candidate in best:
-        folding, workload = candidate.folding, candidate.workload
-        config = MoEConfig(
-            model=model.replace(param_dtype="float32", compute_dtype="bfloat16"),
-            dispatch="drop_pad",
-            capacity_factor=workload.capacity_factor,
-            num_microbatches=workload.global_batch // (folding.dp * workload.micro_batch),
-            schedule="1f1b" if folding.pp > 1 else "gpipe",
-            sharding=workload.sharding,
-            remat=_REMAT[workload.recompute],
-            context=workload.context,
-        )
-        shape = {"sequence": workload.sequence, "global_batch": workload.global_batch}
-        found = compile_train_step(config, folding, devices, **shape, node_size=hardware.node_size)
-        verdict = "fits" if found.total_bytes <= hardware.memory_bytes else "does not fit"
-        print(
-            f"   {folding}, remat={config.remat}: {found.total_bytes / 1e9:.1f} GB, {verdict} "
-            f"(planned {candidate.memory.total / 1e9:.1f} GB; compiled in {found.compile_seconds:.0f} s)",
-            flush=True,
-        )
-
-
-def find_model(name: str) -> LanguageModelConfig:
-    """A known model, by name.
-
-    Raises:
-        ValueError: unknown; the message has the nearest name.
-    """
-    if name not in MODELS:
-        near = difflib.get_close_matches(name.lower(), MODELS, n=1, cutoff=0.4)
-        guess = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"--model={name}: unknown.{guess} Known: {', '.join(MODELS)}.")
-    return MODELS[name]
-
-
-def as_json(
-    name: str, found: Plan, asked: Candidate | None, hardware: Hardware, constants: Constants, top: int
-) -> dict[str, Any]:
-    """The plan as plain numbers; units are in the names."""
-    return {
-        "model": name,
-        "hardware": hardware.to_dict(),
-        "constants": constants._asdict(),
-        "num_enumerated": found.num_enumerated,
-        "num_usable": len(found.candidates),
-        "num_fitting": len(found.fitting),
-        "rejected": found.rejected,
-        "candidates": [_candidate_json(name, c, hardware, constants) for c in found.fitting[:top]],
-        "asked": _candidate_json(name, asked, hardware, constants) if asked else None,
-    }
-
-
-def _candidate_json(name: str, candidate: Candidate, hardware: Hardware, constants: Constants) -> dict[str, Any]:
-    moved = step_traffic(candidate.counts.traffic, candidate.folding, candidate.workload)
-    return {
-        "folding": str(candidate.folding),
-        "sharding": candidate.workload.sharding,
-        "recompute": candidate.workload.recompute,
-        "mfu_percent": 100 * candidate.mfu,
-        "step_seconds": candidate.seconds.total,
-        "seconds": candidate.seconds._asdict(),
-        "fits": candidate.fits,
-        "memory_bytes": {**candidate.memory._asdict(), "total": candidate.memory.total},
-        "traffic_bytes": {kind: link._asdict() for kind, link in moved.items()},
-        "groups_leaving_node": candidate.folding.leaving_node(hardware.node_size),
-        "explanation": [*explain(MODELS[name], candidate, hardware), *_gain(name, candidate, hardware, constants)],
-    }
-
-
-def _gain(name: str, candidate: Candidate, hardware: Hardware, constants: Constants) -> list[str]:
-    gain = folding_gain(MODELS[name], candidate, hardware, constants)
-    return [gain] if gain else []
+    confirmed = []
+    try:
+        compile_candidate = compiler_of(model, options.gpus, hardware)
+        if not options.json:
+            print("\nCompiled for H100s (the real train step, capacity factor 1):")
+        for item in confirm(
+            model, found.fitting, options.confirm, compile_candidate, hardware=hardware, constants=constants
+        ):
+            confirmed.append(item)
+            if not options.json:
+                print_confirmed(item)
+    except (ValueError, ImportError) as error:
+        _fail(str(error).splitlines()[0])
+    return confirmed
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -199,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folding", help="also predict this one and compare it with the best")
     parser.add_argument("--top", type=int, default=5, help="rows to show and explain (default 5)")
     parser.add_argument("--csv", help="measured rows to refit the constants to")
-    parser.add_argument("--confirm", type=int, default=0, help="compile the best N for H100s to confirm their memory")
+    parser.add_argument(
+        "--confirm", type=int, default=0, help="compile for H100s until N foldings are found whose compiled memory fits"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -268,90 +208,6 @@ def _asked(
     folding = Folding.parse(options.folding, options.gpus)
     same = [candidate for candidate in found.candidates if candidate.folding == folding]
     return same[0] if same else predict(model, folding, workload, hardware=hardware, constants=constants)
-
-
-def _print_report(
-    options: argparse.Namespace,
-    model: LanguageModelConfig,
-    found: Plan,
-    asked: Candidate | None,
-    hardware: Hardware,
-    constants: Constants,
-    refit: Fit | None,
-) -> None:
-    fitting = found.fitting
-    print(
-        f"{options.model} on {options.gpus} {hardware.name}, {options.sequence:,} tokens, global batch "
-        f"{options.global_batch}: {found.num_enumerated:,} foldings, {len(found.candidates):,} usable with "
-        f"sharding, {len(fitting):,} fit {hardware.memory_bytes / 1e9:.0f} GB."
-    )
-    if refit:
-        print(f"Constants refitted to {refit.errors.size} rows, mean error {refit.errors.mean():.1%}.")
-    shown = fitting[: options.top]
-    if asked is not None and asked not in shown:
-        shown = [*shown, asked]
-    ranks = [str(fitting.index(c) + 1) if c in fitting else "-" for c in shown]
-    print_table([[rank, *_cells(c)] for rank, c in zip(ranks, shown)])
-    for rank, candidate in zip(ranks, shown):
-        title = f"{rank}. {candidate.folding}" if rank != "-" else f"Does not fit: {candidate.folding}"
-        print(f"\n{title}")
-        for line in [*explain(model, candidate, hardware), *_gain(options.model, candidate, hardware, constants)]:
-            print(f"   {line}")
-    if asked is not None and asked.fits:
-        slower = asked.seconds.total / fitting[0].seconds.total - 1
-        print(f"\nThe folding you named is {slower:.1%} slower than the best; {_difference(asked, fitting[0])}")
-    print(
-        f'\nTo launch the first: --folding="{fitting[0].folding}", sharding={fitting[0].workload.sharding}, '
-        f"recompute={fitting[0].workload.recompute}. Predictions only: measure the first few and refit (--csv)."
-    )
-
-
-def _difference(slow: Candidate, fast: Candidate) -> str:
-    """Where the time goes that one candidate takes more than another."""
-    more = {name: a - b for (name, a), b in zip(slow.seconds._asdict().items(), fast.seconds)}
-    name = max(more, key=lambda part: more[part])
-    if more[name] <= 0:
-        return "it is the best."
-    return f"most of the difference is {PARTS[name]} ({more[name]:+.2f} s a step)."
-
-
-_COLUMNS = ("rank", "attention", "experts", "pp", "sharding", "recompute", "MFU %", "step s", "memory GB", "bound by")
-
-
-def _cells(candidate: Candidate) -> list[str]:
-    folding, (name, share) = candidate.folding, next(iter(shares(candidate).items()))
-    return [
-        f"tp{folding.tp} cp{folding.cp} dp{folding.dp}",
-        f"etp{folding.etp} ep{folding.ep} edp{folding.edp}",
-        str(folding.pp),
-        candidate.workload.sharding,
-        candidate.workload.recompute,
-        f"{100 * candidate.mfu:.1f}",
-        f"{candidate.seconds.total:.2f}",
-        f"{candidate.memory.total / 1e9:.1f}",
-        f"{name} {share:.0%}",
-    ]
-
-
-def print_table(rows: Sequence[Sequence[str]], columns: Sequence[str] = _COLUMNS) -> None:
-    """A table: drawn by rich on a terminal that is wide enough, aligned columns elsewhere."""
-    if sys.stdout.isatty() and shutil.get_terminal_size().columns >= 110:
-        try:
-            from rich.console import Console
-            from rich.table import Table
-        except ModuleNotFoundError:
-            pass
-        else:
-            table = Table()
-            for column in columns:
-                table.add_column(column, justify="left" if column in ("attention", "experts", "bound by") else "right")
-            for row in rows:
-                table.add_row(*row)
-            Console().print(table)
-            return
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows)]
-    for row in (columns, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 def _fail(message: str) -> NoReturn:

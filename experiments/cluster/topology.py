@@ -45,11 +45,7 @@ def topology_devices(platform: Platform, shape: str) -> list[Any]:
         ValueError: a platform or shape that cannot be, or that the compiler does not know.
         ImportError: the compiler's package is not installed; the message says which to install.
     """
-    if platform not in _FORMS:
-        raise ValueError(f"--platform={platform}: must be cuda or tpu.")
-    form, words = _FORMS[platform]
-    if not re.fullmatch(form, shape):
-        raise ValueError(f"--topology={shape}: on {platform} the form is {words}.")
+    check_topology(platform, shape)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask a cloud where we are
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -66,6 +62,19 @@ def topology_devices(platform: Platform, shape: str) -> list[Any]:
     except Exception as error:  # the plugins raise what they like
         raise ValueError(f"--topology={shape}: the compiler does not know it ({str(error).splitlines()[0]}).") from None
     return list(found.devices)
+
+
+def check_topology(platform: str, shape: str) -> None:
+    """Checks what can be checked without a compiler.
+
+    Raises:
+        ValueError: an unknown platform, or a shape of another form.
+    """
+    if platform not in _FORMS:
+        raise ValueError(f"--platform={platform}: must be cuda or tpu.")
+    form, words = _FORMS[platform]
+    if not re.fullmatch(form, shape):
+        raise ValueError(f"--topology={shape}: on {platform} the form is {words}.")
 
 
 def _need(platform: Platform) -> None:
@@ -88,8 +97,15 @@ def _need(platform: Platform) -> None:
 
 @contextlib.contextmanager
 def standing_in(devices: list[Any]) -> Iterator[None]:
-    """Lets devices of a topology stand in for those of this machine while a program is traced and lowered."""
+    """Lets devices of a topology stand in for those of this machine while a program is traced and lowered.
+
+    What a program asks about its platform is answered for them too, so that it takes the paths it would take there.
+    """
     import jax
 
-    with mock.patch.object(jax, "devices", lambda *_: devices):
+    backend = {"cuda": "gpu"}.get(devices[0].platform, devices[0].platform)
+    with (
+        mock.patch.object(jax, "devices", lambda *_: devices),
+        mock.patch.object(jax, "default_backend", lambda: backend),
+    ):
         yield

@@ -7,6 +7,7 @@ read here: explicit lists ``{{0,1},{2,3}}``, the iota form ``[2,4]<=[4,2]T(1,0)`
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -31,6 +32,9 @@ _OPERATION = re.compile(rf"^(?:ROOT )?%?(\S+) = (.*?) ({'|'.join(KINDS)})(-start
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_LOOP = re.compile(r"^(?:ROOT )?%?(\S+) = (\(.*?\)) while\(")
+_ARGUMENT = re.compile(r" parameter\(\d+\)")
+_SHAPE = re.compile(r"\w+\[[\d,]*\]")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 Group = tuple[int, ...]
@@ -95,6 +99,8 @@ def audit(compiled: Any) -> list[Collective]:
                 continue
             scope = re.search(r'op_name="([^"]*)"', line)
             size = max(_size_of(match[2], bool(match[4])), 0)
+            if match[3] == "reduce-scatter":  # the text shows the result, a share of what goes in
+                size *= max(map(len, groups))
             found.append(Collective(match[1], match[3], groups, size, runs, loops, scope[1] if scope else ""))
     return found
 
@@ -111,6 +117,45 @@ def summarize(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
         row["runs"] += item.runs or 1
         row["bytes"] += item.wire_bytes() * (item.runs or 1)
     return sorted(totals.values(), key=lambda row: -row["bytes"])
+
+
+def carried_bytes(compiled: Any) -> list[int]:
+    """What the largest loop of a program carries from turn to turn, then the largest loop inside it, and so on.
+
+    An inner loop is handed most of what the outer one carries; only what has another shape counts for it, which in a
+    train step is what its backward pass needs of the forward pass. Arguments of the program do not count.
+
+    Args:
+        compiled: ``jax.jit(f).lower(...).compile()``, or its text.
+
+    Returns:
+        Bytes on one device by depth; empty without loops.
+    """
+    text = compiled if isinstance(compiled, str) else compiled.as_text()
+    computations, entry = _computations(text)
+    callers = _callers(computations)
+    loops: dict[tuple[str, ...], list[tuple[str, Counter[str]]]] = {}
+    for computation, lines in computations.items():
+        for line in lines:
+            if match := _LOOP.match(line):
+                around = _repetitions(computation, entry, callers)[1]
+                loops.setdefault(around, []).append((match[1], Counter(_SHAPE.findall(match[2]))))
+    known = Counter(shape for line in computations.get(entry, ()) if _ARGUMENT.search(line) for shape in _first(line))
+    found: list[int] = []
+    around: tuple[str, ...] = ()
+    while inner := loops.get(around):
+        name, shapes = max(inner, key=lambda loop: _sum_of_shapes(loop[1] - known))
+        found.append(_sum_of_shapes(shapes - known))
+        known, around = known | shapes, (*around, name)
+    return found
+
+
+def _first(line: str) -> list[str]:
+    return _SHAPE.findall(line.split(" = ", 1)[1])[:1]
+
+
+def _sum_of_shapes(shapes: Counter[str]) -> int:
+    return sum(_size_of(shape, False) * number for shape, number in shapes.items())
 
 
 def parse_groups(text: str, num_ranks: int | None = None) -> tuple[Group, ...]:

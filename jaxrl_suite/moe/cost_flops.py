@@ -5,7 +5,7 @@ XLA's own cost analysis counts the body of a loop once; here a scan counts as of
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +18,13 @@ class FlopCount(NamedTuple):
     Attributes:
         total: FLOPs over all devices, a multiply-add is two.
         unknown_loops: while loops whose number of turns is not in the jaxpr; their bodies count once.
+        product_bytes: what those products read and write, over all devices, each operand and result once: the least
+            that must pass through device memory unless one product's result stays in a cache for the next.
     """
 
     total: float
     unknown_loops: int
+    product_bytes: float = 0.0
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> FlopCount:
@@ -38,11 +41,12 @@ def count_flops(function: Callable[..., Any], *arguments: Any, **keywords: Any) 
 
 def jaxpr_flops(jaxpr: Any) -> FlopCount:
     """FLOPs of a jaxpr; of a conditional the costlier branch."""
-    total, unknown = 0.0, 0
+    total, unknown, moved = 0.0, 0, 0.0
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
         if name in _PRODUCTS:
             total += _PRODUCTS[name](equation)
+            moved += _bytes((*equation.invars, *equation.outvars))
             continue
         inner = [jaxpr_flops(body) for body in _bodies(parameters)]
         if not inner:
@@ -58,7 +62,8 @@ def jaxpr_flops(jaxpr: Any) -> FlopCount:
             unknown += 1
         total += times * sum(count.total for count in inner)
         unknown += sum(count.unknown_loops for count in inner)
-    return FlopCount(total, unknown)
+        moved += times * sum(count.product_bytes for count in inner)
+    return FlopCount(total, unknown, moved)
 
 
 def _bodies(parameters: dict[str, Any]) -> Iterator[Any]:
@@ -69,6 +74,10 @@ def _bodies(parameters: dict[str, Any]) -> Iterator[Any]:
                 yield item.jaxpr
             elif isinstance(item, core.Jaxpr):
                 yield item
+
+
+def _bytes(variables: Iterable[Any]) -> float:
+    return float(sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in variables))
 
 
 def _dot_general(equation: Any) -> float:

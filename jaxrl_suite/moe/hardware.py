@@ -43,6 +43,34 @@ _NAMED = {
     "b200": Hardware(
         name="b200", peak_flops=2250e12, memory_bytes=180e9, memory_bandwidth=7.7e12, node_bandwidth=900e9
     ),
+    # Chips on a torus: one network at the sum of a chip's links; distances are not modelled.
+    "tpu-v5p": Hardware(
+        name="tpu-v5p",
+        peak_flops=459e12,
+        memory_bytes=95e9,
+        memory_bandwidth=2.765e12,
+        node_size=8960,
+        node_bandwidth=600e9,
+        network_bandwidth=25e9,
+    ),
+    "tpu-v5e": Hardware(
+        name="tpu-v5e",
+        peak_flops=197e12,
+        memory_bytes=16e9,
+        memory_bandwidth=0.819e12,
+        node_size=256,
+        node_bandwidth=200e9,
+        network_bandwidth=25e9,
+    ),
+    "tpu-v6e": Hardware(
+        name="tpu-v6e",
+        peak_flops=918e12,
+        memory_bytes=32e9,
+        memory_bandwidth=1.64e12,
+        node_size=256,
+        node_bandwidth=448e9,
+        network_bandwidth=25e9,
+    ),
 }
 
 
@@ -50,7 +78,8 @@ def named_hardware(name: str, **changes: object) -> Hardware:
     """A known accelerator, with some numbers changed.
 
     Args:
-        name: "h100" (the paper's machine), "h200", "a100" or "b200", eight to a node.
+        name: "h100" (the paper's machine), "h200", "a100" or "b200", eight to a node; "tpu-v5p", "tpu-v5e", "tpu-v6e",
+            a pod on one network (bounds from compiled programs; the time model is fitted to GPUs).
         **changes: fields that differ, for example ``network_bandwidth=100e9``.
 
     Raises:

@@ -1,19 +1,11 @@
 """The published tables, the gate of the planner, and the command that plans."""
 
-import importlib.util
 import json
-import subprocess
-import sys
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments.cluster import compile as compile_command
 from experiments.cluster import plan as command
-from experiments.cluster.compile import compile_named, compile_train_step
 from experiments.cluster.models import MODELS, PAPER_NAMES
 from experiments.cluster.paper_fit import (
     bubble_check,
@@ -25,13 +17,9 @@ from experiments.cluster.paper_fit import (
 )
 from experiments.cluster.paper_tables import METHODS, all_rows, table_3, table_4, table_5
 from experiments.cluster.predicted_mfu import as_run
-from jaxrl_suite.lm import named_config
-from jaxrl_suite.moe.config import MoEConfig
 from jaxrl_suite.moe.cost_fit import PAPER_CONSTANTS, fit, predict, rank_correlation, select_rows
 from jaxrl_suite.moe.cost_memory import device_memory
-from jaxrl_suite.moe.cost_model import RECOMPUTE, Workload
-from jaxrl_suite.moe.cost_traffic import layer_bytes
-from jaxrl_suite.moe.folding import Folding
+from jaxrl_suite.moe.cost_model import RECOMPUTE
 from jaxrl_suite.moe.hardware import Hardware
 from jaxrl_suite.moe.planner import plan, unfolded
 from jaxrl_suite.moe.planner import predict as predict_one
@@ -278,86 +266,3 @@ def test_a_wrong_row_is_named(capsys, tmp_path):
     with pytest.raises(SystemExit):
         command.main(["--model=mixtral-8x7b", "--gpus=16", f"--csv={path}"])
     assert "rows.csv line 2, folding='attention=tp5'" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")  # the train step's own affair
-def test_compiled_train_step_sends_what_the_formula_says():
-    """The report on eight virtual CPU devices: exchanges of tokens in the compiled program against section 5.2.
-
-    Slow (a compile of the whole step): python -m pytest -m slow tests/experiments/cluster_test.py
-    """
-    folding = Folding.parse("attention=tp2.dp4 experts=ep8")
-    model = named_config(
-        "mixtral-8x7b", num_layers=1, width=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_width=64, vocab_size=64
-    )
-    config = MoEConfig(model=model, dispatch="drop_pad", capacity_factor=1.0)
-    found = compile_train_step(
-        config, folding, jax.devices()[:8], sequence=64, global_batch=4, platform="cpu", node_size=4
-    )
-    step = Workload(sequence=64, global_batch=4)
-    declared = (
-        layer_bytes(model, folding, step)["ep"] * 2 * 4 / 2
-    )  # forward and backward; float32, declared in bfloat16
-    sent = [row for row in found.traffic if row["kind"] == "all-to-all"]
-    assert sum(row["bytes"] for row in sent) == pytest.approx(declared, rel=0.01)
-    assert all(row["groups_leaving_node"] == row["num_groups"] == 1 for row in sent)
-    assert found.state_bytes["optimizer"] == pytest.approx(2 * found.state_bytes["parameters"], abs=64)
-    assert found.memory_bytes["arguments"] >= sum(found.state_bytes.values()) and found.total_bytes > 0
-    assert 0.8 < found.flops / found.model_flops < 1.6
-
-
-def make_product(devices):
-    """What a user hands to ``--function``."""
-    mesh = Mesh(np.array(devices[:8]), ("x",))
-    spec = NamedSharding(mesh, PartitionSpec("x"))
-    shape = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=spec)
-    return jax.jit(lambda a: a @ a, out_shardings=spec), (shape,)
-
-
-def test_any_function_is_compiled():
-    found = compile_named("tests.experiments.cluster_test:make_product", "cpu", jax.devices(), 8)
-    assert found.flops == 2 * 64**3 and found.traffic[0]["group_size"] == 8
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--topology=1x16", "--topology=1x16: on cuda the form is partitions x hosts x GPUs of a host"),
-        ("--platform=tpu --topology=8", "--topology=8: on tpu the form is generation and chips, for example v5p:4x4x4"),
-        ("--platform=rocm --topology=1x2x8", "--platform=rocm: must be cuda or tpu."),
-        ("", "--topology is missing."),
-        ("--topology=1x2x8 --model=mixtral", "--model=mixtral: unknown. Did you mean mixtral-8x"),
-        ("--topology=1x2x8 --foldin=ep8", "--foldin=ep8 is no flag of compile. Did you mean --folding?"),
-    ],
-)
-def test_compile_names_bad_input(capsys, arguments, message):
-    with pytest.raises(SystemExit) as ended:
-        compile_command.main(arguments.split())
-    text = capsys.readouterr().err
-    assert ended.value.code == 2 and message in text and text.count("\n") == 1, text
-
-
-@pytest.mark.parametrize(("platform", "module"), [("cuda", "jax_plugins.xla_cuda13"), ("tpu", "libtpu")])
-def test_a_missing_compiler_is_named(capsys, monkeypatch, platform, module):
-    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
-    shape = {"cuda": "1x2x8", "tpu": "v5p:2x2x2"}[platform]
-    with pytest.raises(SystemExit):
-        compile_command.main([f"--platform={platform}", f"--topology={shape}"])
-    text = capsys.readouterr().err
-    assert f"the compiler {module} is not installed" in text and "python -m pip install" in text
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the CUDA compiler")
-def test_a_cluster_that_is_not_there_is_compiled_for():
-    """python -m pytest -m slow tests/experiments/cluster_test.py in an environment with jax-cuda13-pjrt and -plugin."""
-    code = subprocess.run(
-        [sys.executable, "-m", "experiments.cluster.compile", "--topology=1x2x8", "--shrink", "--json"]
-        + ["--folding=attention=tp2 experts=ep8", "--sequence=512", "--global_batch=16"],
-        capture_output=True,
-        check=True,
-        text=True,
-    )
-    found = json.loads(code.stdout)
-    assert found["num_devices"] == 16 and any(row["kind"] == "all-to-all" for row in found["traffic"])

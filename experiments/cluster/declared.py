@@ -1,0 +1,57 @@
+"""FLOPs that the train step is known to spend beyond what the model needs, by reason."""
+
+from jaxrl_suite.moe.config import MoEConfig
+from jaxrl_suite.moe.cost_model import token_flops
+from jaxrl_suite.moe.folding import Folding
+from jaxrl_suite.moe.pipeline import num_ticks
+
+# Forward passes of a layer that the backward pass repeats, by policy; "experts" repeats no product.
+_REPEATS = {"none": 0, "experts": 0, "attention": 0, "full": 1, "full_with_dispatch": 1}
+# What "full" keeps: rows that came back from experts, so the last of their three products is not repeated.
+_KEPT = {"full": 1 / 3}
+
+
+def declared_flops(config: MoEConfig, folding: Folding, *, sequence: int, global_batch: int) -> dict[str, float]:
+    """FLOPs of one step over all devices.
+
+    * ``model``: three forward passes, attention counted causally; what MFU counts.
+    * ``recomputation``: forward passes repeated. The 1F1B schedule repeats that of a stage, since it keeps only its
+      input; the policy ``full`` repeats that of a layer once more, and so does GPipe for a stage; blockwise attention
+      recomputes its scores in the backward pass (half a forward pass).
+    * ``head_on_every_stage``: all stages are one program, so each computes the output table, which counts on the last.
+    * ``idle_ticks``: ticks in which a stage has no micro-batch compute all the same: (m + 2 (PP - 1)) / m in 1F1B,
+      (v m + PP - 1) / (v m) in GPipe, times everything that runs in a tick.
+    * ``capacity``: slots of experts over the even share; negative below it.
+
+    Args:
+        config: model and step.
+        folding: degrees.
+        sequence: tokens of a sequence.
+        global_batch: sequences of a step.
+    """
+    tokens, stages = sequence * global_batch, folding.pp
+    flops = token_flops(config.model, sequence)
+    factor = config.capacity_factor or 1.0
+    layers = tokens * (flops.forward - flops.head)
+    surplus = tokens * flops.experts * (factor - 1)
+    in_ticks = config.schedule == "1f1b" and stages > 1
+    repeats = _REPEATS[config.remat]
+    recomputed = -_KEPT.get(config.remat, 0.0) * tokens * factor * flops.experts
+    if stages > 1:  # a tick of GPipe is checkpointed as a whole, one of 1F1B starts from its input
+        repeats += 1 if in_ticks else repeats
+    recomputed += repeats * (layers + surplus) + 0.5 * tokens * flops.attention
+    head = 3 * tokens * flops.head
+    if stages > 1 and not in_ticks:  # the last stage's outputs wait for the head, which is then checkpointed
+        recomputed += tokens * flops.head * stages
+    ticks, units = num_ticks(config.num_microbatches, stages, config.virtual_stages, config.schedule), 1
+    if stages > 1:
+        units = config.num_microbatches * config.virtual_stages
+    idle = ticks / units - 1 if stages > 1 else 0.0
+    running = 3 * (layers + surplus) + recomputed + (stages * head if in_ticks else 0.0)
+    return {
+        "model": tokens * flops.train,
+        "recomputation": recomputed,
+        "head_on_every_stage": (stages - 1) * head,
+        "idle_ticks": idle * running,
+        "capacity": 3 * surplus,
+    }

@@ -1,0 +1,186 @@
+"""A plan in words, as a table and as JSON."""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.cluster.confirm import REMAT, Confirmed
+from experiments.cluster.models import MODELS
+from jaxrl_suite.lm import LanguageModelConfig
+from jaxrl_suite.moe.cost_fit import Fit
+from jaxrl_suite.moe.cost_time import Constants
+from jaxrl_suite.moe.cost_traffic import step_traffic
+from jaxrl_suite.moe.hardware import Hardware
+from jaxrl_suite.moe.planner import Candidate, Plan
+from jaxrl_suite.moe.planner_explain import PARTS, explain, folding_gain, shares
+
+
+def as_json(
+    name: str,
+    found: Plan,
+    asked: Candidate | None,
+    hardware: Hardware,
+    constants: Constants,
+    top: int,
+    confirmed: Sequence[Confirmed] = (),
+) -> dict[str, Any]:
+    """The plan as plain numbers; units are in the names."""
+    return {
+        "model": name,
+        "hardware": hardware.to_dict(),
+        "constants": constants._asdict(),
+        "num_enumerated": found.num_enumerated,
+        "num_usable": len(found.candidates),
+        "num_fitting": len(found.fitting),
+        "rejected": found.rejected,
+        "candidates": [_candidate_json(name, c, hardware, constants) for c in found.fitting[:top]],
+        "asked": _candidate_json(name, asked, hardware, constants) if asked else None,
+        "confirmed": [
+            {
+                "folding": str(item.candidate.folding),
+                "sharding": item.candidate.workload.sharding,
+                "recompute": item.candidate.workload.recompute,
+                "compiled_bytes": item.compiled_bytes,
+                "fits": item.fits,
+            }
+            for item in confirmed
+        ],
+    }
+
+
+def _candidate_json(name: str, candidate: Candidate, hardware: Hardware, constants: Constants) -> dict[str, Any]:
+    moved = step_traffic(candidate.counts.traffic, candidate.folding, candidate.workload)
+    return {
+        "folding": str(candidate.folding),
+        "sharding": candidate.workload.sharding,
+        "recompute": candidate.workload.recompute,
+        "mfu_percent": 100 * candidate.mfu,
+        "step_seconds": candidate.seconds.total,
+        "seconds": candidate.seconds._asdict(),
+        "fits": candidate.fits,
+        "memory_bytes": {**candidate.memory._asdict(), "total": candidate.memory.total},
+        "traffic_bytes": {kind: link._asdict() for kind, link in moved.items()},
+        "groups_leaving_node": candidate.folding.leaving_node(hardware.node_size),
+        "explanation": [*explain(MODELS[name], candidate, hardware), *_gain(name, candidate, hardware, constants)],
+    }
+
+
+def _gain(name: str, candidate: Candidate, hardware: Hardware, constants: Constants) -> list[str]:
+    gain = folding_gain(MODELS[name], candidate, hardware, constants)
+    return [gain] if gain else []
+
+
+def print_report(
+    options: argparse.Namespace,
+    model: LanguageModelConfig,
+    found: Plan,
+    asked: Candidate | None,
+    hardware: Hardware,
+    constants: Constants,
+    refit: Fit | None,
+) -> None:
+    """The table, then what bounds each, then where a folding of the user's stands."""
+    fitting = found.fitting
+    print(
+        f"{options.model} on {options.gpus} {hardware.name}, {options.sequence:,} tokens, global batch "
+        f"{options.global_batch}: {found.num_enumerated:,} foldings, {len(found.candidates):,} usable with "
+        f"sharding, {len(fitting):,} fit {hardware.memory_bytes / 1e9:.0f} GB."
+    )
+    if refit:
+        print(f"Constants refitted to {refit.errors.size} rows, mean error {refit.errors.mean():.1%}.")
+    shown = fitting[: options.top]
+    if asked is not None and asked not in shown:
+        shown = [*shown, asked]
+    ranks = [str(fitting.index(c) + 1) if c in fitting else "-" for c in shown]
+    print_table([[rank, *_cells(c)] for rank, c in zip(ranks, shown)])
+    for rank, candidate in zip(ranks, shown):
+        title = f"{rank}. {candidate.folding}" if rank != "-" else f"Does not fit: {candidate.folding}"
+        print(f"\n{title}")
+        for line in [*explain(model, candidate, hardware), *_gain(options.model, candidate, hardware, constants)]:
+            print(f"   {line}")
+    if asked is not None and asked.fits:
+        slower = asked.seconds.total / fitting[0].seconds.total - 1
+        print(f"\nThe folding you named is {slower:.1%} slower than the best; {_difference(asked, fitting[0])}")
+
+
+def print_confirmed(item: Confirmed) -> None:
+    """One line of what the compiler says."""
+    candidate, planned = item.candidate, item.candidate.memory.total
+    print(
+        f"   {candidate.folding}, {candidate.workload.sharding}, remat={REMAT[candidate.workload.recompute]}: "
+        f"{item.compiled_bytes / 1e9:.1f} GB, {'fits' if item.fits else 'does not fit, dropped'} (planned "
+        f"{planned / 1e9:.1f} GB; {100 * candidate.mfu:.1f} % MFU predicted; compiled in {item.compile_seconds:.0f} s)",
+        flush=True,
+    )
+
+
+def print_launch(options: argparse.Namespace, candidate: Candidate, hardware: Hardware, *, confirmed: bool) -> None:
+    """How to launch a candidate, and how to look closer at it."""
+    folding, workload = candidate.folding, candidate.workload
+    per_rank = int(workload.global_batch // (folding.dp * workload.micro_batch))
+    schedule = ', schedule="1f1b"' if folding.pp > 1 else ""
+    context = f', context="{workload.context}"' if folding.cp > 1 else ""
+    print(f'\nTo launch {"the fastest that fits" if confirmed else "the first"}: --folding="{folding}"')
+    print(
+        f'   MoEConfig(num_microbatches={per_rank}, sharding="{workload.sharding}", '
+        f'remat="{REMAT[workload.recompute]}"{schedule}{context})'
+    )
+    if not confirmed and options.gpus % hardware.node_size == 0:
+        print(
+            "To have its memory and traffic from the compiler:\n"
+            f"   python -m experiments.cluster.compile --topology=1x{options.gpus // hardware.node_size}x"
+            f'{hardware.node_size} --model={options.model} --folding="{folding}" --sequence={workload.sequence} '
+            f"--global_batch={workload.global_batch} --micro_batch={workload.micro_batch} "
+            f"--sharding={workload.sharding} --remat={REMAT[workload.recompute]} --context={workload.context}"
+        )
+    print("Times are predictions: measure the first few and refit (--csv).")
+
+
+def _difference(slow: Candidate, fast: Candidate) -> str:
+    """Where the time goes that one candidate takes more than another."""
+    more = {name: a - b for (name, a), b in zip(slow.seconds._asdict().items(), fast.seconds)}
+    name = max(more, key=lambda part: more[part])
+    if more[name] <= 0:
+        return "it is the best."
+    return f"most of the difference is {PARTS[name]} ({more[name]:+.2f} s a step)."
+
+
+_COLUMNS = ("rank", "attention", "experts", "pp", "sharding", "recompute", "MFU %", "step s", "memory GB", "bound by")
+
+
+def _cells(candidate: Candidate) -> list[str]:
+    folding, (name, share) = candidate.folding, next(iter(shares(candidate).items()))
+    return [
+        f"tp{folding.tp} cp{folding.cp} dp{folding.dp}",
+        f"etp{folding.etp} ep{folding.ep} edp{folding.edp}",
+        str(folding.pp),
+        candidate.workload.sharding,
+        candidate.workload.recompute,
+        f"{100 * candidate.mfu:.1f}",
+        f"{candidate.seconds.total:.2f}",
+        f"{candidate.memory.total / 1e9:.1f}",
+        f"{name} {share:.0%}",
+    ]
+
+
+def print_table(rows: Sequence[Sequence[str]], columns: Sequence[str] = _COLUMNS) -> None:
+    """A table: drawn by rich on a terminal that is wide enough, aligned columns elsewhere."""
+    if sys.stdout.isatty() and shutil.get_terminal_size().columns >= 110:
+        try:
+            from rich.console import Console
+            from rich.table import Table
+        except ModuleNotFoundError:
+            pass
+        else:
+            table = Table()
+            for column in columns:
+                table.add_column(column, justify="left" if column in ("attention", "experts", "bound by") else "right")
+            for row in rows:
+                table.add_row(*row)
+            Console().print(table)
+            return
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows)]
+    for row in (columns, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

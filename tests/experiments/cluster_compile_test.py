@@ -1,0 +1,293 @@
+"""Compiling for clusters that are not there: report, table, kernels, and compiled memory as the planner's filter."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from experiments.cluster import compile as compile_command
+from experiments.cluster import compile_report, compile_table, kernels
+from experiments.cluster.abstract_step import abstract_batch, abstract_hparams, abstract_state, donating_step
+from experiments.cluster.aot import Compiled, compile_named, compile_train_step, shrunk
+from experiments.cluster.confirm import confirm, step_of
+from experiments.cluster.declared import declared_flops
+from experiments.cluster.models import MODELS
+from jaxrl_suite.lm import named_config
+from jaxrl_suite.moe.config import MoEConfig
+from jaxrl_suite.moe.cost_flops import jaxpr_flops
+from jaxrl_suite.moe.cost_model import Workload
+from jaxrl_suite.moe.cost_traffic import layer_bytes
+from jaxrl_suite.moe.folding import Folding
+from jaxrl_suite.moe.hardware import Hardware
+from jaxrl_suite.moe.planner import plan
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")  # the train step's own affair
+def test_compiled_train_step_sends_what_the_formula_says():
+    """The report on eight virtual CPU devices: exchanges of tokens in the compiled program against section 5.2.
+
+    Slow (a compile of the whole step): python -m pytest -m slow tests/experiments/cluster_compile_test.py
+    """
+    folding = Folding.parse("attention=tp2.dp4 experts=ep8")
+    model = named_config(
+        "mixtral-8x7b", num_layers=1, width=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_width=64, vocab_size=64
+    )
+    config = MoEConfig(model=model, dispatch="drop_pad", capacity_factor=1.0)
+    found = compile_train_step(
+        config, folding, jax.devices()[:8], sequence=64, global_batch=4, platform="cpu", node_size=4
+    )
+    step = Workload(sequence=64, global_batch=4)
+    declared = (
+        layer_bytes(model, folding, step)["ep"] * 2 * 4 / 2
+    )  # forward and backward; float32, declared in bfloat16
+    sent = [row for row in found.traffic if row["kind"] == "all-to-all"]
+    assert sum(row["bytes"] for row in sent) == pytest.approx(declared, rel=0.01)
+    assert all(row["groups_leaving_node"] == row["num_groups"] == 1 for row in sent)
+    assert found.state_bytes["optimizer"] == pytest.approx(2 * found.state_bytes["parameters"], abs=64)
+    assert found.memory_bytes["arguments"] >= sum(found.state_bytes.values()) and found.total_bytes > 0
+    assert 0.8 < found.flops / found.model_flops < 1.6
+
+
+def make_product(devices):
+    """What a user hands to ``--function``."""
+    mesh = Mesh(np.array(devices[:8]), ("x",))
+    spec = NamedSharding(mesh, PartitionSpec("x"))
+    shape = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=spec)
+    return jax.jit(lambda a: a @ a, out_shardings=spec), (shape,)
+
+
+def test_any_function_is_compiled():
+    found = compile_named("tests.experiments.cluster_compile_test:make_product", "cpu", jax.devices(), 8)
+    assert found.flops == 2 * 64**3 and found.traffic[0]["group_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--topology=1x16", "--topology=1x16: on cuda the form is partitions x hosts x GPUs of a host"),
+        ("--platform=tpu --topology=8", "--topology=8: on tpu the form is generation and chips, for example v5p:4x4x4"),
+        ("--platform=rocm --topology=1x2x8", "--platform=rocm: must be cuda or tpu."),
+        ("", "--topology is missing."),
+        ("--topology=1x2x8 --model=mixtral", "--model=mixtral: unknown. Did you mean mixtral-8x"),
+        ("--topology=1x2x8 --foldin=ep8", "--foldin=ep8 is no flag of compile. Did you mean --folding?"),
+    ],
+)
+def test_compile_names_bad_input(capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        compile_command.main(arguments.split())
+    text = capsys.readouterr().err
+    assert ended.value.code == 2 and message in text and text.count("\n") == 1, text
+
+
+@pytest.mark.parametrize(("platform", "module"), [("cuda", "jax_plugins.xla_cuda13"), ("tpu", "libtpu")])
+def test_a_missing_compiler_is_named(capsys, monkeypatch, platform, module):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    shape = {"cuda": "1x2x8", "tpu": "v5p:2x2x2"}[platform]
+    with pytest.raises(SystemExit):
+        compile_command.main([f"--platform={platform}", f"--topology={shape}"])
+    text = capsys.readouterr().err
+    assert f"the compiler {module} is not installed" in text and "python -m pip install" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the CUDA compiler")
+def test_a_cluster_that_is_not_there_is_compiled_for():
+    """python -m pytest -m slow tests/experiments/cluster_compile_test.py where jax-cuda13-pjrt and -plugin are."""
+    code = subprocess.run(
+        [sys.executable, "-m", "experiments.cluster.compile", "--topology=1x2x8", "--shrink", "--json"]
+        + ["--folding=attention=tp2 experts=ep8", "--sequence=512", "--global_batch=16"],
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    found = json.loads(code.stdout)
+    assert found["num_devices"] == 16 and any(row["kind"] == "all-to-all" for row in found["traffic"])
+
+
+STEPS = {
+    "1F1B, everything recomputed": ("attention=tp2.dp2 experts=ep4 pipeline=2", {"schedule": "1f1b", "remat": "full"}),
+    "GPipe, everything recomputed": ("attention=dp4 experts=ep4 pipeline=2", {"remat": "full"}),
+    "no pipeline, nothing recomputed": ("attention=tp2.cp2.dp2 experts=ep8", {"context": "ring"}),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_flops_are_explained(name):
+    """Compiled FLOPs at most 1.10 of the model's and what is declared besides; only traced, nothing is compiled."""
+    text, options = STEPS[name]
+    folding = Folding.parse(text, 8)
+    model = shrunk(MODELS["qwen2-57b-a14b"], folding).replace(num_experts=8, experts_per_token=2, expert_width=512)
+    config = MoEConfig(model=model, dispatch="drop_pad", capacity_factor=1.0, num_microbatches=4, **options)
+    batch = abstract_batch(folding, 4 * folding.dp, 1024)
+    traced = donating_step().trace(abstract_state(config, folding), batch, hparams=abstract_hparams(folding))
+    counted = jaxpr_flops(traced.jaxpr.jaxpr)
+    declared = declared_flops(config, folding, sequence=1024, global_batch=4 * folding.dp)
+    assert 0.97 < counted.total / sum(declared.values()) < 1.10, (counted.total, declared)
+    assert counted.product_bytes > 0 and declared["idle_ticks"] >= 0
+
+
+def test_confirm_drops_what_the_compiler_says_does_not_fit():
+    """What does not fit comes back with more recomputed, at the place of its new time; compiles are bounded."""
+    model = MODELS["mixtral-8x7b"]
+    ranked = plan(model, 16, Workload(global_batch=64)).fitting
+    seen = []
+
+    def fake(candidate):
+        seen.append(candidate)
+        small = candidate.workload.recompute == "full" or candidate.folding != ranked[0].folding
+        return (int(70e9) if small else int(90e9)), 1.0
+
+    found = list(confirm(model, ranked, 2, fake))
+    assert [item.fits for item in found] == [False, True, True] and seen[0] == ranked[0]
+    assert found[1].candidate.seconds.total <= found[2].candidate.seconds.total
+    first = ranked[0].folding
+    everything = list(confirm(model, ranked[:1], 2, fake))
+    assert [item.candidate.workload.recompute for item in everything][-1] == "full" and everything[-1].fits
+    assert {item.candidate.folding for item in everything} == {first}
+    assert len(list(confirm(model, ranked, 1, lambda c: (int(1e12), 1.0)))) == 3
+    config = step_of(model, ranked[0])
+    assert config.num_microbatches * ranked[0].folding.dp * ranked[0].workload.micro_batch == 64
+
+
+def test_table_of_compiled_rows_resumes(tmp_path, monkeypatch, capsys):
+    rows = compile_table.ordered_rows()
+    names = [compile_table.name_of(row, "full") for row in rows]
+    assert len(rows) == len(set(names)) == 89
+    assert [row.method for row in rows[:2]] == list(compile_table.PAIR) and rows[0].model == rows[1].model
+    assert "--sharding=fsdp" in compile_table.compile_arguments(next(r for r in rows if "FSDP" in r.method), "full")
+    started = []
+
+    def fake(row, remat, timeout):
+        started.append(row)
+        if len(started) == 2:
+            return {"error": "not compiled in 1 s"}
+        leaves = 0 if "folding" in row.method else 4
+        sent = {"kind": "all-to-all", "group_size": 8, "peers": 4, "num_groups": 4, "groups_leaving_node": leaves}
+        return {
+            "num_devices": row.num_devices,
+            "total_bytes": int(90e9),
+            "traffic": [{**sent, "bytes": 7e9 if leaves else 1e9}],
+            "flops": 2e18,
+            "product_bytes": 1e15,
+            "model_flops": 1e18,
+            "declared": {"model": 1e18, "idle_ticks": 9e17},
+            "lower_seconds": 1.0,
+            "compile_seconds": 2.0,
+        }
+
+    monkeypatch.setattr(compile_table, "_compiled", fake)
+    path, figure = tmp_path / "compiled.jsonl", tmp_path / "compiled.png"
+    assert compile_table.main([f"--out={path}", "--first=3"]) == 0
+    with path.open("a") as file:
+        file.write('{"name": "cut o')  # killed while it wrote
+    path.write_text(path.read_text() + "\n")
+    assert compile_table.main([f"--out={path}", "--first=4", f"--figure={figure}"]) == 0
+    text = capsys.readouterr().out
+    assert started == rows[:4] and "no, 10.0 over" in text and "not compiled in 1 s" in text
+    assert "4.0 -> 0.6 (no more)" in text and "1.053" in text and figure.stat().st_size > 1000
+    assert compile_table.main([f"--out={tmp_path / 'none.jsonl'}", "--report"]) == 2
+
+
+def test_report_says_what_does_not_fit_and_what_bounds(capsys):
+    row = {"kind": "all-gather", "group_size": 16, "first_group": list(range(8)), "num_groups": 1, "peers": 8}
+    row |= {"groups_leaving_node": 1, "operations": 1, "runs": 3, "bytes": 50e9}
+    found = Compiled(
+        platform="cuda",
+        num_devices=16,
+        memory_bytes={"arguments": int(20e9), "temporaries": int(63e9)},
+        state_bytes={"parameters": int(20e9)},
+        temporary_bytes={"buffers and the rest": int(63e9)},
+        traffic=[row],
+        unknown_runs=1,
+        flops=16 * 989.5e12,
+        product_bytes=16 * 3.35e11,
+        xla_flops=1e12,
+        declared={"model": 8 * 989.5e12, "recomputation": 8 * 989.5e12},
+        model_flops=8 * 989.5e12,
+        lower_seconds=1.0,
+        compile_seconds=2.0,
+    )
+    for show in (compile_report.print_traffic, compile_report.print_flops):
+        show(found)
+    compile_report.print_memory(found, 80.0)
+    compile_report.print_roofline(found, Hardware())
+    text = capsys.readouterr().out
+    for words in (
+        "does not fit 80 GB: 3.0 GB too much. Try --remat=full",
+        "2.000 of the model's",
+        "1.000 of what these add up to",
+        "products take longest: MFU at most 50.0%",
+        "1 collectives lie in loops",
+        "50.000          3.333",
+    ):
+        assert words in text, (words, text)
+
+
+def test_kernels_hold_every_contract_and_refuse_float64():
+    """The list that travels: names once each, every line of the contract tests; one of them compiled here."""
+    found = kernels.all_kernels()
+    names = [kernel.name for kernel in found]
+    assert len(names) == len(set(names)) > 100
+    for words in ("greedy_coupling[rank rounds", "arimec", "hypervolume[16 points, 4] gradient", "weighted_ridge grad",
+                  "explore, plan, certificate", "supervised_loss", "generate[while", "ragged", "fp8", "trainer one",
+                  "policy.generate"):  # fmt: skip
+        assert any(words in name for name in names), words
+    good = next(kernel for kernel in found if kernel.name == "moe.z_loss gradient")
+    assert kernels.compile_kernel(good, "cpu", jax.devices()).error == ""
+    wide = kernels.on_one_device("wide", lambda x: x.astype(jnp.float64), lambda key: (jnp.zeros(3),))
+    assert "float64" in kernels.compile_kernel(wide, "cpu", jax.devices()).error
+    with pytest.raises(SystemExit):
+        kernels.main(["--plattform=cuda"])
+    assert kernels.main(["--platform=rocm"]) == 2
+
+
+COMPILERS = {"cuda": "jax_plugins.xla_cuda13", "tpu": "libtpu"}
+
+
+def has_compiler(platform):
+    try:
+        return importlib.util.find_spec(COMPILERS[platform]) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*kernels.FAMILIES, "mdp"])
+@pytest.mark.parametrize("platform", list(COMPILERS))
+def test_every_kernel_travels(platform, family):
+    """python -m pytest -m slow tests/experiments/cluster_compile_test.py where the compilers are (minutes each)."""
+    if not has_compiler(platform):
+        pytest.skip(f"the compiler {COMPILERS[platform]} is not installed")
+    devices = kernels.topology_devices(platform, kernels.TOPOLOGY[platform])
+    mine = [kernel for kernel in kernels.all_kernels() if kernel.name.split(".")[0] == family]
+    outcomes = [kernels.compile_kernel(kernel, platform, devices) for kernel in mine]
+    assert mine and not [outcome for outcome in outcomes if outcome.error]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--topology=1x2x8 --folding=experts=ep3", "must equal etp·ep·edp = 1·3·1 = 3"),
+        ("--topology=1x2x8 --folding=experts=ep8 --global_batch=3", "--global_batch=3: must divide by DP times"),
+        ("--topology=1x2x8 --folding=experts=ep8 --global_batch=0", "--global_batch=0: must divide by DP times"),
+        ("--topology=1x2x8 --hardware=h300", "hardware='h300': unknown. Known: h100"),
+        ("--topology=1x2x8 --memory_gb=-1", "Hardware.memory_bytes=-1000000000.0: must be positive"),
+        ("--topology=1x2x8 --remat=some", "remat='some'"),
+        ("--topology=1x2x8 --function=json:make", "--function=json:make: cannot be imported"),
+        ("--platform=tpu --topology=v9:2x2x2", "--hardware is missing: the peak rates of v9 are not known here."),
+    ],
+)
+def test_compile_names_bad_values(capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(compile_command, "topology_devices", lambda *_: [SimpleNamespace(platform="cuda")] * 16)
+    with pytest.raises(SystemExit) as ended:
+        compile_command.main(arguments.split())
+    text = capsys.readouterr().err
+    assert ended.value.code == 2 and text.startswith("error: ") and message in text and text.count("\n") == 1, text
