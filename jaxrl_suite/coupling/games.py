@@ -31,7 +31,13 @@ from jaxrl_suite.coupling.ebim import code_at_rate
 from jaxrl_suite.coupling.greedy import greedy_coupling
 from jaxrl_suite.coupling.partitions import code_of_labels
 from jaxrl_suite.coupling.quantizers import uniform_labels
-from jaxrl_suite.distributions import categorical
+from jaxrl_suite.coupling.ranked_beliefs import (
+    RankedBelief,
+    action_weights,
+    ranked_code,
+    ranked_update,
+    uniform_belief,
+)
 from jaxrl_suite.types import Array, PRNGKey
 
 EncoderName = Literal["greedy", "uniform_fixed", "uniform_adaptive"]
@@ -131,11 +137,11 @@ def update_belief(belief: Array, likelihood: Array) -> Array:
     return jnp.where(total > 0, posterior / jnp.where(total > 0, total, jnp.ones_like(total)), belief)
 
 
-class _Lane(NamedTuple):
-    episode: Array  # int32 [], its number, or E when there is none left
+class _Lanes(NamedTuple):
+    episode: Array  # int32 [B], its number, or E when there is none left
     time: Array
     state: Array
-    belief: Array
+    belief: RankedBelief
     reward: Array
 
 
@@ -210,42 +216,42 @@ _ENCODERS = ("greedy", "uniform_fixed", "uniform_adaptive")
 def _play(key, arrays, messages, rate, recorded, replay, next_state, num_messages, encoder, num_lanes) -> Episodes:
     policy, reward, terminal, start = arrays
     num_episodes, horizon = recorded.actions.shape
-    prior = jnp.full((num_messages,), 1 / num_messages, policy.dtype)
+    fresh_belief = uniform_belief(num_messages, num_lanes, policy.dtype)
 
-    def fresh(episode: Array) -> _Lane:
-        zero = jnp.zeros((), jnp.int32)
-        return _Lane(episode, zero, jnp.asarray(start, jnp.int32), prior, jnp.zeros((), policy.dtype))
+    def fresh(episode: Array) -> _Lanes:
+        zero = jnp.zeros_like(episode)
+        state = jnp.broadcast_to(jnp.asarray(start, jnp.int32), episode.shape)
+        return _Lanes(episode, zero, state, fresh_belief, jnp.zeros(episode.shape, policy.dtype))
 
-    def advance(lane: _Lane):
-        row = jnp.minimum(lane.episode, num_episodes - 1)
-        draw_key, move_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, lane.episode), lane.time))
-        code = step_code(lane.belief, policy[lane.state], rate, encoder)
-        drawn = categorical(probs=code.given[messages[row]]).sample(seed=draw_key).astype(jnp.int32)
-        action = jnp.where(replay, recorded.actions[row, lane.time], drawn)
-        moved = next_state(move_key, lane.state, action).astype(jnp.int32)
-        state = jnp.where(replay, recorded.states[row, lane.time + 1], moved)
-        belief = update_belief(lane.belief, code.given[:, action])
-        time = lane.time + 1
-        lane_after = _Lane(lane.episode, time, state, belief, lane.reward + reward[state])
-        return lane_after, action, terminal[state] | (time >= horizon)
+    def advance(lanes: _Lanes):
+        row = jnp.minimum(lanes.episode, num_episodes - 1)
+        fold = jax.vmap(jax.random.fold_in)
+        keys = fold(jax.vmap(jax.random.fold_in, (None, 0))(key, lanes.episode), lanes.time)
+        draw_keys, move_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+        observed = jnp.where(replay, recorded.actions[row, lanes.time], -1)
+        belief, actions = _SAY[encoder](draw_keys, lanes.belief, policy[lanes.state], rate, messages[row], observed)
+        moved = jax.vmap(next_state)(move_keys, lanes.state, actions).astype(jnp.int32)
+        state = jnp.where(replay, recorded.states[row, lanes.time + 1], moved)
+        time = lanes.time + 1
+        after = _Lanes(lanes.episode, time, state, belief, lanes.reward + reward[state])
+        return after, actions, terminal[state] | (time >= horizon)
 
     def tick(carry):
         lanes, board, started, ticks = carry
-        after, actions, done = jax.vmap(advance)(lanes)
+        after, actions, done = advance(lanes)
         alive = lanes.episode < num_episodes
-        truth = jax.vmap(lambda belief, message: belief[message])(
-            after.belief, messages[jnp.minimum(lanes.episode, num_episodes - 1)]
-        )
+        true = messages[jnp.minimum(lanes.episode, num_episodes - 1)]
+        truth = jnp.sum(jnp.where(after.belief.names == true[:, None], after.belief.masses, 0), axis=1)
         board = _write(board, lanes, after, actions, truth, done & alive)
         # Lanes whose episode ended take the next numbers; beyond the last one they idle.
         turn = jnp.cumsum(done & alive, dtype=jnp.int32) - 1
         episode = jnp.where(done & alive, started + turn, lanes.episode)
-        restart = jax.vmap(fresh)(jnp.minimum(episode, num_episodes))
+        restart = fresh(jnp.minimum(episode, num_episodes))
         replace = done | ~alive
         lanes = jax.tree.map(lambda new, old: jnp.where(_match(replace, old), new, old), restart, after)
         return lanes, board, started + jnp.sum(done & alive, dtype=jnp.int32), ticks + 1
 
-    start_lanes = jax.vmap(fresh)(jnp.arange(num_lanes, dtype=jnp.int32))
+    start_lanes = fresh(jnp.arange(num_lanes, dtype=jnp.int32))
     board = _Board(
         jnp.zeros((num_episodes, horizon + 1), jnp.int32).at[:, 0].set(start),
         jnp.zeros((num_episodes, horizon), jnp.int32),
@@ -264,16 +270,50 @@ def _play(key, arrays, messages, rate, recorded, replay, next_state, num_message
     return Episodes(trajectories, board.rewards, board.decoded, jnp.where(held, last, board.truth), masked)
 
 
-def _write(board: _Board, before: _Lane, after: _Lane, actions: Array, truth: Array, ended: Array) -> _Board:
+def _say_ranked(keys, belief: RankedBelief, laws, rate, messages, observed) -> tuple[RankedBelief, Array]:
+    """Belief and actions of all lanes after one step with the greedy encoder; ``observed`` actions, or -1 to draw."""
+    code = ranked_code(belief, laws, rate)
+    actions = _draw(keys, action_weights(code, belief, messages), laws, observed)
+    return ranked_update(belief, code, actions), actions
+
+
+def _say_binned(keys, belief: RankedBelief, laws, rate, messages, observed, *, encoder) -> tuple[RankedBelief, Array]:
+    """The same for bins of messages in the order of their names, which stays as it is."""
+    codes = jax.vmap(lambda masses, law: step_code(masses, law, rate, encoder))(belief.masses, laws)
+    weights = jnp.take_along_axis(codes.given, messages[:, None, None], axis=1)[:, 0]
+    actions = _draw(keys, weights, laws, observed)
+    likelihood = jnp.take_along_axis(codes.given, actions[:, None, None], axis=2)[:, :, 0]
+    return belief._replace(masses=jax.vmap(update_belief)(belief.masses, likelihood)), actions
+
+
+_SAY = {
+    "greedy": _say_ranked,
+    "uniform_fixed": functools.partial(_say_binned, encoder="uniform_fixed"),
+    "uniform_adaptive": functools.partial(_say_binned, encoder="uniform_adaptive"),
+}
+
+
+def _draw(keys: Array, weights: Array, laws: Array, observed: Array) -> Array:
+    """int32 [B], observed actions, or draws in proportion to ``weights [B, A]``; by the law if there is no weight."""
+    weights = jnp.where(jnp.sum(weights, axis=1, keepdims=True) > 0, weights, laws)
+    sums = jnp.cumsum(weights, axis=1)
+    target = jax.vmap(lambda key: jax.random.uniform(key, (), weights.dtype))(keys) * sums[:, -1]
+    drawn = jnp.sum(sums <= target[:, None], axis=1, dtype=jnp.int32)
+    return jnp.where(observed >= 0, observed, drawn)
+
+
+def _write(board: _Board, before: _Lanes, after: _Lanes, actions: Array, truth: Array, ended: Array) -> _Board:
     """Writes a step of every lane; lanes without an episode point beyond the last row and are dropped."""
     step = (before.episode, before.time)
     final = jnp.where(ended, before.episode, board.lengths.shape[0])
+    likeliest = jnp.argmax(after.belief.masses, axis=1)[:, None]
+    decoded = jnp.take_along_axis(after.belief.names, likeliest, axis=1)
     return _Board(
         board.states.at[before.episode, after.time].set(after.state, mode="drop"),
         board.actions.at[step].set(actions, mode="drop"),
         board.lengths.at[final].set(after.time, mode="drop"),
         board.rewards.at[final].set(after.reward, mode="drop"),
-        board.decoded.at[final].set(jnp.argmax(after.belief, axis=1).astype(jnp.int32), mode="drop"),
+        board.decoded.at[final].set(decoded[:, 0], mode="drop"),
         board.truth.at[step].set(truth, mode="drop"),
     )
 
@@ -327,25 +367,49 @@ def enumerate_game(
     return _enumerate(policies, successors, reward, terminal, start, num_messages, rate)
 
 
+_SCANNED_WIDTH = 1024  # histories; levels that are not wider share one compiled body
+
+
 @functools.partial(jax.jit, static_argnames="num_messages")
 def _enumerate(policies, successors, reward, terminal, start, num_messages, rate) -> ExactGame:
-    num_actions = policies.shape[2]
-    masses = jnp.full((1, num_messages), 1 / num_messages, policies.dtype)  # p(message, history)
-    states, gains = jnp.asarray(start, jnp.int32)[None], jnp.zeros((1,), policies.dtype)
-    first = jnp.arange(num_actions) == 0
-    for policy in policies:
-        # After the end there is one way to go on, which says nothing.
-        laws = jnp.where(terminal[states][:, None], first[None, :].astype(policy.dtype), policy[states])
-        total = jnp.sum(masses, axis=1, keepdims=True)
-        uniform = jnp.full_like(masses, 1 / num_messages)
-        beliefs = jnp.where(total > 0, masses / jnp.where(total > 0, total, 1), uniform)
-        given = jax.vmap(lambda belief, law: step_code(belief, law, rate).given)(beliefs, laws)
-        masses = (masses[:, None, :] * jnp.swapaxes(given, 1, 2)).reshape(-1, num_messages)
-        moved = jnp.where(terminal[states][:, None], states[:, None], successors[states])
-        gains = (gains[:, None] + jnp.where(terminal[states][:, None], 0, reward[moved])).reshape(-1)
-        states = moved.reshape(-1)
+    horizon, _, num_actions = policies.shape
+    width = min(num_actions**horizon, _SCANNED_WIDTH)
+    narrow = sum(num_actions ** (time + 1) <= width for time in range(horizon))
+
+    def level(carry: tuple[Array, Array, Array], policy: Array) -> tuple[Array, Array, Array]:
+        return _extend(carry, policy, successors, reward, terminal, rate)
+
+    # The first rows are histories, the others have no mass: p(message, history) [width, N], state, reward so far.
+    masses = jnp.zeros((width, num_messages), policies.dtype).at[0].set(1 / num_messages)
+    carry = (masses, jnp.full((width,), start, jnp.int32), jnp.zeros((width,), policies.dtype))
+    carry, _ = jax.lax.scan(
+        lambda carry, policy: (jax.tree.map(lambda x: x[:width], level(carry, policy)), None), carry, policies[:narrow]
+    )
+    for policy in policies[narrow:]:
+        carry = level(carry, policy)
+    masses, _, gains = carry
     weight = jnp.sum(masses, axis=1)
     ratio = masses / jnp.where(weight > 0, weight, 1)[:, None]
     information = jnp.sum(jnp.where(masses > 0, masses * jnp.log2(jnp.where(ratio > 0, ratio, 1) * num_messages), 0))
     accuracy = jnp.sum(jnp.max(masses, axis=1))
     return ExactGame(accuracy, information, jnp.sum(weight * gains), jnp.sum(weight * (gains > 0)))
+
+
+def _extend(carry, policy, successors, reward, terminal, rate):
+    """Histories of one action more, all actions of a history in a row."""
+    masses, states, gains = carry
+    num_messages, num_actions = masses.shape[1], policy.shape[1]
+    # After the end there is one way to go on, which says nothing.
+    ended = terminal[states][:, None]
+    first = (jnp.arange(num_actions) == 0).astype(policy.dtype)
+    laws = jnp.where(ended, first[None, :], policy[states])
+    total = jnp.sum(masses, axis=1, keepdims=True)
+    uniform = jnp.full_like(masses, 1 / num_messages)
+    beliefs = jnp.where(total > 0, masses / jnp.where(total > 0, total, 1), uniform)
+    given = jax.vmap(lambda belief, law: step_code(belief, law, rate).given)(beliefs, laws)
+    moved = jnp.where(ended, states[:, None], successors[states])
+    return (
+        (masses[:, None, :] * jnp.swapaxes(given, 1, 2)).reshape(-1, num_messages),
+        moved.reshape(-1),
+        (gains[:, None] + jnp.where(ended, 0, reward[moved])).reshape(-1),
+    )

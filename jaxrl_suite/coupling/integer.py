@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jaxrl_suite.config import check
 from jaxrl_suite.coupling.sorting import sort_descending
-from jaxrl_suite.coupling.sparse import as_laws, check_law
+from jaxrl_suite.coupling.sparse import as_laws, check_law, is_law
 from jaxrl_suite.types import Array
 
 
@@ -21,7 +21,7 @@ def integer_masses(p: Array, *, total_bits: int = 30) -> Array:
         total_bits: logarithm of the total, at most 30 so that sums fit into int32.
 
     Returns:
-        int32 [N].
+        int32 [N]; all -1 inside jit if ``p`` is no law, which :func:`greedy_coupling` takes for invalid counts.
 
     Raises:
         ValueError: ``p`` is empty, negative, NaN or not normalised, or ``total_bits`` is not in 1..30.
@@ -32,7 +32,8 @@ def integer_masses(p: Array, *, total_bits: int = 30) -> Array:
     check(1 <= total_bits <= 30, argument="total_bits", value=total_bits, rule="must be in 1..30")
     (p,) = as_laws(p)
     check_law("p", p)
-    return round_masses(p, 1 << total_bits)
+    counts = round_masses(p, 1 << total_bits)
+    return jnp.where(is_law(p), counts, jnp.full_like(counts, -1))
 
 
 def round_masses(p: Array, total: Array | int) -> Array:

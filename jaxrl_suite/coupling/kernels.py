@@ -100,23 +100,52 @@ def _outputs(steps: Steps) -> Steps:
     return steps._replace(row=jnp.where(idle, 0, steps.row), column=jnp.where(idle, 0, steps.column))
 
 
+def run_steps(step: Callable, start, outputs, masses: tuple[Array, Array]):
+    """``lax.scan`` of ``step(carry, None)`` that stops when every pair of the batch is done.
+
+    A pair takes at most as many steps as it has positive masses, less one. Steps that are not run keep ``outputs``,
+    which have the step as their leading axis.
+    """
+    alive = [jnp.max(jnp.sum(x > 0, axis=0, dtype=jnp.int32)) for x in masses]
+    length = jnp.minimum(alive[0] + alive[1], jax.tree.leaves(outputs)[0].shape[0])
+
+    def advance(time, state):
+        carry, outputs = state
+        carry, new = step(carry, None)
+
+        def put(old: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_index_in_dim(old, new.astype(old.dtype), time, axis=0)
+
+        return carry, jax.tree.map(put, outputs, new)
+
+    return jax.lax.fori_loop(0, length, advance, (start, outputs))[1]
+
+
 @batch_minor
 def plain_kernel(p: Array, q: Array) -> Steps:
     """Largest against largest, ties to the smallest index. ``p [N, B]``, ``q [M, B]`` to L = N + M - 1 steps."""
-    size = max(p.shape[0], q.shape[0])
+    size, batch = max(p.shape[0], q.shape[0]), p.shape[1]
     # Both sides in one array: half as many operations in the loop, which are short.
     both = jnp.stack([jnp.pad(x, ((0, size - x.shape[0]), (0, 0))) for x in (p, q)], axis=1)  # [size, 2, B]
-    index, tolerance = _iota(both), residue(p, q)
+    # A step is bound by the bytes that it touches. So indices are as narrow as they can be, and one a row: without
+    # the barrier in the loop XLA would make them an array of the size of `both` and read it twice a step.
+    narrow = jnp.uint8 if size <= 256 else jnp.uint16 if size <= 65536 else jnp.int32
+    rows, tolerance = jax.lax.broadcasted_iota(narrow, (size, 1, 1), 0), residue(p, q)
 
-    def step(left: Array, _) -> tuple[Array, tuple[Array, Array]]:
+    def step(carry: tuple[Array, Array], _):
+        left, index = carry
         top = jnp.max(left, axis=0)  # [2, B]
-        where = jnp.min(jnp.where(left == top[None], index, size - 1), axis=0)
+        where = jnp.min(jnp.where(left == top[None], index, jnp.asarray(size - 1, narrow)), axis=0)
         other = top[::-1]
         used_up = (top <= other) | (jnp.abs(top - other) <= tolerance)
         rest = jnp.where(used_up, jnp.zeros_like(top), top - other)
-        return jnp.where(index == where[None], rest[None], left), (top, where)
+        left = jnp.where(index == where[None], rest[None], left)
+        return (left, jax.lax.optimization_barrier(index)), (top, where)
 
-    _, (tops, cells) = jax.lax.scan(step, both, length=p.shape[0] + q.shape[0] - 1)
+    length = p.shape[0] + q.shape[0] - 1
+    idle = (jnp.zeros((length, 2, batch), p.dtype), jnp.zeros((length, 2, batch), narrow))
+    tops, cells = run_steps(step, (both, rows), idle, (p, q))
+    cells = cells.astype(jnp.int32)
     weight, _, _, side = _settle(tops[:, :1], tops[:, 1:], tolerance[None])
     return _outputs(Steps(cells[:, :1], cells[:, 1:], side, weight))
 
@@ -130,13 +159,14 @@ def small_kernel(p: Array, q: Array) -> Steps:
     return steps._replace(row=jnp.where(steps.side == IDLE, 0, rows))
 
 
-def small_steps(sorted_p: Array, extra: Array, q: Array) -> Steps:
+def small_steps(sorted_p: Array, extra: Array, q: Array, first: Array | None = None) -> Steps:
     """Steps of the small-alphabet kernel for rows that are sorted already.
 
     Args:
         sorted_p: [N, B], masses in descending order.
         extra: [1, B], one more row that is out of order, named N; zero if there is none.
         q: [M, B].
+        first: int32 [1, B], rank where the positive rows begin, those before it being zero; 0 by default.
 
     Returns:
         N + M - 1 steps (N + M with the extra row), rows by rank.
@@ -167,8 +197,10 @@ def small_steps(sorted_p: Array, extra: Array, q: Array) -> Steps:
 
     slots = jnp.concatenate([jnp.zeros_like(q), extra])
     owners = jnp.where(slot_index == num_columns, num_rows, 0)
-    start = (jnp.zeros((1, batch), jnp.int32), slots, owners, q)
-    return _outputs(jax.lax.scan(step, start, length=num_rows + num_columns)[1])
+    start = (jnp.zeros((1, batch), jnp.int32) if first is None else first, slots, owners, q)
+    integers = jnp.zeros((num_rows + num_columns, 1, batch), jnp.int32)
+    idle = Steps(integers, integers, jnp.full_like(integers, IDLE), jnp.zeros(integers.shape, q.dtype))
+    return _outputs(run_steps(step, start, idle, (jnp.concatenate([sorted_p, extra]), q)))
 
 
 @batch_minor

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxrl_suite.config import check
 from jaxrl_suite.coupling.greedy import equal_mass, normalise
-from jaxrl_suite.coupling.sparse import as_laws, check_law, is_concrete
+from jaxrl_suite.coupling.sparse import as_laws, check_law, is_concrete, is_law
 from jaxrl_suite.types import Array
 
 
@@ -100,7 +100,6 @@ def _left(a: Array, used: Array, exhausted: Array, tiny: float) -> Array:
     return jnp.where(exhausted | (left <= tiny), jnp.zeros_like(a), left)
 
 
-@functools.partial(jax.jit, static_argnames=("num_powers", "num_scalings"))
 def sharpen_coupling(joint: Array, power: Array | float = 1.2, *, num_powers: int = 8, num_scalings: int = 50) -> Array:
     """Mirror ascent on negative entropy: ``C <- Sinkhorn(C ** power)``, with the marginals of ``joint``.
 
@@ -115,9 +114,25 @@ def sharpen_coupling(joint: Array, power: Array | float = 1.2, *, num_powers: in
             scalings leave, which falls geometrically.
 
     Returns:
-        Joint law [N, M] with the same marginals.
+        Joint law [N, M] with the same marginals; NaN inside jit if ``joint`` is no law or the power not above 1.
+
+    Raises:
+        ValueError: ``joint`` has not two axes, or is empty, negative, NaN or not normalised; the power is not above 1.
     """
-    joint = jnp.asarray(joint)
+    (joint,) = as_laws(joint)
+    check(
+        joint.ndim == 2, argument="joint", value=joint.shape, rule="must have two axes", remedy="Use vmap for batches"
+    )
+    check_law("joint", joint.reshape(-1))
+    power = jnp.asarray(power, joint.dtype)
+    if is_concrete(power):
+        check(float(power) > 1, argument="power", value=float(power), rule="must be above 1")
+    return _sharpen(joint, power, num_powers, num_scalings)
+
+
+@functools.partial(jax.jit, static_argnames=("num_powers", "num_scalings"))
+def _sharpen(joint: Array, power: Array, num_powers: int, num_scalings: int) -> Array:
+    valid = is_law(joint.reshape(-1)) & (power > 1)
     rows, columns = jnp.sum(joint, axis=1), jnp.sum(joint, axis=0)
     floor = jnp.finfo(joint.dtype).tiny ** 0.5
 
@@ -134,4 +149,5 @@ def sharpen_coupling(joint: Array, power: Array | float = 1.2, *, num_powers: in
         raised = jnp.where(some, jnp.where(some, joint, jnp.ones_like(joint)) ** power, jnp.zeros_like(joint))
         return jax.lax.scan(scale, raised / jnp.sum(raised), length=num_scalings)[0], None
 
-    return jax.lax.scan(sharpen, joint, length=num_powers)[0]
+    sharp = jax.lax.scan(sharpen, joint, length=num_powers)[0]
+    return jnp.where(valid, sharp, jnp.full_like(sharp, jnp.nan))
