@@ -15,6 +15,9 @@ REQUIRED = (
     "pareto.hypervolume",
     "coupling.greedy_coupling",
     "coupling.ebim_greedy",
+    "coupling.ebim_refine",
+    "coupling.mecb",
+    "coupling.soft_coupling",
 )
 
 

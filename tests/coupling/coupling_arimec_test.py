@@ -64,13 +64,18 @@ def joint_law(message_table, text_table, merge):
 
     def one(message, text):
         tree = prefix_tree(LAW, message_table, PROMPT, length=LENGTH, capacity=16)
-        rows, likelihood = [text_table[3], text_table[text[0]], text_table[text[1]]], 1.0
-        for logits, symbol in zip(rows, text):
-            counts = round_masses(jax.nn.softmax(logits), 1 << 30)
+
+        def step(carry, entry):
+            tree, likelihood = carry
+            before, symbol = entry
+            counts = round_masses(jax.nn.softmax(text_table[before]), 1 << 30)
             _, tree, factor = arimec_symbol(
                 jax.random.key(0), tree, message, counts, symbol, True, law=LAW, params=message_table, merge=merge
             )
-            likelihood = likelihood * factor
+            return (tree, likelihood * factor), None
+
+        before = jnp.concatenate([jnp.array([3]), text[:-1]])
+        (tree, likelihood), _ = jax.lax.scan(step, (tree, jnp.ones(())), (before, text))
         return likelihood, read_message(tree, LAW, message_table, message).mass, tree.overflow
 
     texts, messages = jnp.asarray(EVERY), jnp.asarray(EVERY)

@@ -1,7 +1,6 @@
 """The bottleneck: laws of the chain, special cases, order of the searches."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -85,26 +84,3 @@ def test_lemma_1_on_random_chains(x64):
     }
     expected = information["xt"] + information["ty"] - information["t_xy"]
     assert float(information["xy"]) == pytest.approx(float(expected), abs=1e-12)
-
-
-def test_gradient_flows_through_encoder_and_decoder(x64):
-    """Differentiable in both laws: against central differences."""
-    p_x, p_y = jnp.array([0.4, 0.27, 0.2, 0.13]), jnp.array([0.5, 0.3, 0.2])
-    value = jax.jit(lambda x, y: mecb(x, y, 1.2).information)
-    gradients = jax.grad(value, argnums=(0, 1))(p_x, p_y)
-    dx, dy = jnp.array([0.1, -0.2, 0.15, -0.05]), jnp.array([0.1, -0.3, 0.2])
-    numeric = (value(p_x + 1e-6 * dx, p_y + 1e-6 * dy) - value(p_x - 1e-6 * dx, p_y - 1e-6 * dy)) / 2e-6
-    assert float(gradients[0] @ dx + gradients[1] @ dy) == pytest.approx(float(numeric), rel=1e-5)
-
-
-def test_bad_input():
-    p = jnp.array([0.5, 0.5])
-    with pytest.raises(ValueError, match="search"):
-        mecb(p, p, 1.0, search="fast")
-    with pytest.raises(ValueError, match="at most 9"):
-        mecb(jnp.full((10,), 0.1), p, 1.0, search="exact")
-    with pytest.raises(ValueError, match="rate"):
-        mecb(p, p, -1.0)
-    flagged = jax.jit(mecb)(jnp.array([0.5, 0.6]), p, 1.0)
-    assert bool(jnp.isnan(flagged.information))
-    assert not bool(flagged.decoder.valid)

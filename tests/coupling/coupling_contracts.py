@@ -37,6 +37,11 @@ def mass_preserving(key, point):
     return tuple(tangents)
 
 
+def law_and_rate(key, point):
+    """Tangents of a law and of a rate."""
+    return *mass_preserving(key, point[:1]), jnp.ones_like(point[1])
+
+
 def polynomial(coupling):
     """A loss of the weights without the poles of an entropy at small masses, where central differences are poor."""
     weights = coupling.weights
@@ -86,8 +91,36 @@ ALGORITHMS = [
         loss=polynomial,
         tangent=mass_preserving,
     ),
-    Algorithm("coupling.soft_coupling", lambda p, q: soft_coupling(p, q, 0.3), laws(4, 3)),
-    Algorithm("coupling.ebim_refine", lambda p: ebim_refine(p, 1.2), laws(4)),
-    Algorithm("coupling.mecb", lambda p, q: mecb(p, q, 1.2), laws(4, 3)),
-    Algorithm("coupling.polished_coupling", lambda p, q: polished_coupling(p, q), laws(3, 3)),
+    Algorithm(
+        "coupling.soft_coupling",
+        lambda p, q: soft_coupling(p, q, 0.3),
+        laws(4, 3),
+        differentiable=(0, 1),
+        loss=lambda joint: jnp.sum(joint**2),
+        tangent=mass_preserving,
+    ),
+    Algorithm(
+        "coupling.ebim_refine",
+        ebim_refine,
+        lambda key: (*laws(4)(key), jnp.asarray(1.2)),
+        differentiable=(0, 1),
+        loss=lambda encoder: encoder.information + encoder.entropy,
+        tangent=law_and_rate,
+    ),
+    Algorithm(
+        "coupling.mecb",
+        lambda p, q: mecb(p, q, 1.2),
+        laws(4, 3),
+        differentiable=(0, 1),
+        loss=lambda bottleneck: bottleneck.information + jnp.sum(bottleneck.encoder.code**2),
+        tangent=mass_preserving,
+    ),
+    Algorithm(
+        "coupling.polished_coupling",
+        lambda p, q: polished_coupling(p, q, rule="max"),
+        laws(3, 3),
+        differentiable=(0, 1),
+        loss=polynomial,
+        tangent=mass_preserving,
+    ),
 ]

@@ -49,8 +49,6 @@ def test_counts_of_three_marginals_are_exact():
     for axis, row in enumerate(counts):
         other = tuple(a for a in range(3) if a != axis)
         np.testing.assert_array_equal(joint.sum(other), row)
-    with pytest.raises(ValueError, match="equal totals"):
-        greedy_coupling_multi(jnp.array([[2, 1], [2, 2]]))
 
 
 @pytest.mark.parametrize("concentration", [0.3, 3.0])
@@ -89,8 +87,6 @@ def test_integer_masses():
     assert np.abs(counts / 2**30 - p / p.astype(float).sum()).max() < 1e-7
     small = np.asarray(jax.jit(lambda p: integer_masses(p, total_bits=4))(jnp.array([0.34, 0.33, 0.33])))
     assert sorted(small) == [5, 5, 6]
-    with pytest.raises(ValueError, match="total_bits"):
-        integer_masses(jnp.array([1.0]), total_bits=31)
 
 
 def test_pivots_and_certificate(x64):
@@ -129,5 +125,3 @@ def test_zero_rule_is_polished_to_a_local_optimum(x64):
     assert (few <= start + 1e-12).all()
     assert (many <= few + 1e-12).all()
     assert (few < start - 1e-6).any()
-    with pytest.raises(ValueError, match="probabilities"):
-        polished_coupling(jnp.array([1, 1]), jnp.array([2]))
