@@ -19,7 +19,7 @@ os.environ.setdefault("PJRT_NPROC", "32")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Notebooks (run by nbmake, in kernels that inherit this): small, and away from the checkout.
 os.environ.setdefault("JAXRL_PRESET", "smoke")
-os.environ.setdefault("JAXRL_ONLY", "coupling/rate_information,pareto/deep_sea_treasure")
+os.environ.setdefault("JAXRL_ONLY", "pareto/deep_sea_treasure")
 os.environ.setdefault("JAXRL_WORKDIR", os.path.join(tempfile.mkdtemp(prefix="jaxrl-notebook-"), "run"))
 
 import jax
