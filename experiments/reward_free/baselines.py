@@ -29,6 +29,15 @@ EXPLORERS: dict[str, dict[str, Any]] = {
     "uniform": {"algorithm": "uniform"},
 }
 _MEASURES = ("uncertainty", "loss", "value_error")
+_LABELS = {
+    "hf_ucrl_rfe_pp": "HF-UCRL-RFE++",
+    "widest_targets": "the same, widest targets (ours)",
+    "unweighted": "the same, unweighted",
+    "ucrl_rfe": "UCRL-RFE",
+    "ucrl_rfe_plus": "UCRL-RFE+",
+    "rf_ucrl": "RF-UCRL (tabular)",
+    "uniform": "uniform play",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +76,10 @@ def run(run: "Run") -> Result:
     for name in config.worlds:
         errors = {explorer: arrays[f"{name}/{explorer}/value_error"].mean() for explorer in config.explorers}
         better = [explorer for explorer in config.explorers if errors[explorer] < errors[config.explorers[0]]]
+        surest = min(config.explorers, key=lambda e, n=name: arrays[f"{n}/{e}/uncertainty"].mean())
         summary[f"{name}/best_in_value_error"] = min(errors, key=errors.__getitem__)
+        summary[f"{name}/best_in_uncertainty"] = surest
+        summary[f"{name}/best_in_both"] = surest if errors[surest] == min(errors.values()) else "none"
         summary[f"{name}/ahead_of_{config.explorers[0]}"] = ", ".join(better) or "none"
         for explorer in config.explorers:
             for key in _MEASURES:
@@ -95,11 +107,11 @@ def figures(result: Result) -> Mapping[str, "Figure"]:
                 width,
                 yerr=[float(half) for _, half in bars],
                 color=series_style(index)["color"],
-                label=explorer.replace("_", " "),
+                label=_LABELS[explorer],
             )
         axes.set_xticks(range(len(worlds)), [name.replace("_", " ") for name in worlds])
         axes.set(ylabel=f"{label} (of 1)", yscale="log", ylim=(1e-4, 1.5))
-    panels[0].legend(ncols=4, fontsize=8)
+    panels[0].legend(ncols=4, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.02))
     return {"baselines": figure}
 
 

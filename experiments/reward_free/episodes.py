@@ -69,12 +69,13 @@ def run(run: "Run") -> Result:
     for name, values in (("chain", config.episodes), ("gap", config.episodes), ("dimension", config.dimensions)):
         for key in _SHOWN:
             means = [arrays[f"{name}/{value}/{key}"].mean() for value in values]
-            summary[f"{name}/{key}_slope"] = log_slope(values, means)
+            summary[f"{name}/{key}_slope"] = log_slope(values, means) if len(values) > 1 else None
     # With error = c D^a K^b, the episodes that reach epsilon grow as epsilon^(1 / b) and as D^(-a / b).
     for key in _SHOWN:
         in_episodes, in_dimension = (cast(float, summary[f"{name}/{key}_slope"]) for name in ("gap", "dimension"))
+        both = in_episodes and in_dimension is not None
         summary[f"gap/{key}_episodes_against_epsilon_slope"] = 1.0 / in_episodes if in_episodes else None
-        summary[f"gap/{key}_episodes_against_dimension_slope"] = -in_dimension / in_episodes if in_episodes else None
+        summary[f"gap/{key}_episodes_against_dimension_slope"] = -in_dimension / in_episodes if both else None
     shapes = {"episodes": np.array(config.episodes), "dimensions": np.array(config.dimensions)}
     return Result(summary, arrays | shapes)
 
@@ -89,13 +90,14 @@ def figures(result: Result) -> Mapping[str, "Figure"]:
         ("gap", "episodes", "hard instance, gap falls as 1 / sqrt(K)", "episodes K"),
         ("dimension", "dimensions", "hard instance, gap 0.02", "dimension D"),
     )
-    for axes, (name, axis, title, label) in zip(panels, rows, strict=True):
+    for axes, (name, axis, title, xlabel) in zip(panels, rows, strict=True):
         values = result.arrays[axis]
         for index, key in enumerate(_SHOWN):
             points = np.array([result.arrays[f"{name}/{value}/{key}"] for value in values])
             slope = result.summary[f"{name}/{key}_slope"]
-            errorbars(axes, values, np.maximum(points, 1e-5), index, f"{key.replace('_', ' ')}, slope {slope:.2f}")
-        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="of a total reward of 1", title=title)
+            label = key.replace("_", " ") + (f", slope {slope:.2f}" if slope is not None else "")
+            errorbars(axes, values, np.maximum(points, 1e-5), index, label)
+        axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel="of a total reward of 1", title=title)
         axes.set_xticks(values, [str(value) for value in values])
         axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axes.legend(fontsize=8)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from experiments.common.study import Result, Study
-from experiments.reward_free.measures import bank_of, errorbars, measure_settled
+from experiments.reward_free.measures import bank_of, errorbars, measure_settled, ratio_interval
 from experiments.reward_free.presets import PRESETS
 from jaxrl_suite.config import Config, check, field
 from jaxrl_suite.envs.mixtures import lock
@@ -62,9 +62,13 @@ def run(run: "Run") -> Result:
     summary: dict[str, float | int | str | bool | None] = {}
     for kind in config.kinds:
         for name in ("uncertainty", "value_error", "loss"):
-            curve = np.array([arrays[f"{kind}/{h}/{name}"].mean() for h in config.horizons])
-            late = curve[np.array(config.horizons) >= 16] if max(config.horizons) > 16 else curve
+            rows = {h: arrays[f"{kind}/{h}/{name}"] for h in config.horizons}
+            late_rows = [row for h, row in rows.items() if h >= min(16, max(config.horizons))]
+            curve, late = np.mean([*rows.values()], axis=1), np.mean(late_rows, axis=1)
             summary[f"{kind}/{name}_max_over_min"] = float(late.max() / late.min())
+            low, high = ratio_interval(late_rows)
+            summary[f"{kind}/{name}_max_over_min_low"] = low
+            summary[f"{kind}/{name}_max_over_min_high"] = high
             summary[f"{kind}/{name}_growth"] = float(late[-1] / late[0])
             summary[f"{kind}/{name}_at_last_horizon"] = float(curve[-1])
         summary[f"{kind}/settled"] = bool(all(arrays[f"{kind}/{h}/settled"] for h in config.horizons))

@@ -34,9 +34,9 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
         "paper": {"num_episodes": 300, "num_runs": 64},
     },
     "episodes": {
-        "smoke": {
+        "smoke": {  # one dimension, that of the gap: another would be a third explorer to compile
             "episodes": (8, 16),
-            "dimensions": (3, 4),
+            "dimensions": (4,),
             "dimension_episodes": 8,
             "horizon": 6,
             "num_runs": 2,

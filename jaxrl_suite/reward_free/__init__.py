@@ -15,6 +15,7 @@ from jaxrl_suite.reward_free.rewards import (
     longest_totals,
     normalise_rewards,
     reward_bank,
+    rewards_outside,
 )
 from jaxrl_suite.reward_free.search import search_rewards
 from jaxrl_suite.reward_free.types import Estimate, Exploration, Record
@@ -51,6 +52,7 @@ __all__ = [
     "policy_values",
     "project_parameter",
     "reward_bank",
+    "rewards_outside",
     "ridge_residual",
     "rounding_error",
     "search_rewards",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxrl_suite.config import check
 from jaxrl_suite.mdp import LinearMixtureMDP
-from jaxrl_suite.reward_free.rewards import check_rewards_on
+from jaxrl_suite.reward_free.rewards import check_rewards_on, class_tolerance, listed_successors, longest_from
 from jaxrl_suite.reward_free.types import Exploration
 from jaxrl_suite.types import Array
 
@@ -20,8 +20,9 @@ class Policies(NamedTuple):
     Attributes:
         actions: int32 [R, H, S], greedy; ties to the lowest index.
         values: [R], value of each plan at the start in the model that it was made with.
-        outside: bool [R], whether a value is above 1, negative or NaN: then the reward is outside the class (or the
-            model no kernel), and no certificate holds for its plan.
+        outside: bool [R], whether the reward is outside the class, so that no certificate holds for its plan: some
+            path from the start collects more than 1, or meets an entry that is negative or not finite. Also where the
+            value itself is above 1, negative or NaN (then the model is no kernel).
     """
 
     actions: Array
@@ -45,10 +46,10 @@ def plan(exploration: Exploration, rewards: Array) -> Policies:
     """
     if rewards.ndim == 4:
         check_rewards_on(exploration.support, exploration.successors, exploration.start, rewards, "rewards")
-    return plan_model(exploration.model, exploration.successors, exploration.start, rewards)
+    return plan_model(exploration.model, exploration.successors, exploration.start, rewards, exploration.support)
 
 
-def plan_model(model: Array, successors: Array, start: Array, rewards: Array) -> Policies:
+def plan_model(model: Array, successors: Array, start: Array, rewards: Array, support: Array | None = None) -> Policies:
     """Backward induction in a kernel over successor lists, with the rewards side by side on the last axis.
 
     Args:
@@ -56,6 +57,8 @@ def plan_model(model: Array, successors: Array, start: Array, rewards: Array) ->
         successors: int32 [S, A, N].
         start: int32 [].
         rewards: [R, H, S, A].
+        support: bool [S, A, N], successors that count for "every path" of the class; if None, the class is not looked
+            at and ``Policies.outside`` speaks of the values alone.
     """
     states, actions, _ = model.shape
     check(
@@ -66,26 +69,34 @@ def plan_model(model: Array, successors: Array, start: Array, rewards: Array) ->
         remedy="Add a leading axis for a single reward",
     )
     count = rewards.shape[0]
+    listed = None if support is None else listed_successors(support, successors)
     if count <= _BLOCK:
-        return _plan_block(model, successors, start, rewards)
+        return _plan_block(model, successors, start, rewards, listed)
     # Blocks that fit the cache; the last one is filled up with rewards of 0.
     padded = jnp.pad(rewards, ((0, -count % _BLOCK), (0, 0), (0, 0), (0, 0)))
     blocks = padded.reshape(-1, _BLOCK, *rewards.shape[1:])
-    planned = jax.lax.map(lambda block: _plan_block(model, successors, start, block), blocks)
+    planned = jax.lax.map(lambda block: _plan_block(model, successors, start, block, listed), blocks)
     return Policies(*(part.reshape(-1, *part.shape[2:])[:count] for part in planned))
 
 
-def _plan_block(model: Array, successors: Array, start: Array, rewards: Array) -> Policies:
-    states = model.shape[0]
+def _plan_block(model: Array, successors: Array, start: Array, rewards: Array, listed: Array | None) -> Policies:
     lanes = jnp.transpose(rewards, (1, 2, 3, 0))
 
-    def back(values: Array, reward: Array) -> tuple[Array, Array]:
-        return _best_action(reward + _ahead(model, successors, values))
+    def back(carry: tuple[Array, Array | None], reward: Array) -> tuple[tuple[Array, Array | None], Array]:
+        values, totals = carry
+        if listed is not None and totals is not None:
+            totals = longest_from(listed, totals, reward)
+        values, policy = _best_action(reward + _ahead(model, successors, values))
+        return (values, totals), policy
 
-    values, policy = jax.lax.scan(back, jnp.zeros((states, rewards.shape[0]), model.dtype), lanes, reverse=True)
-    worth = values[start]
-    slack = 1e-5 if jnp.finfo(model.dtype).bits < 64 else 1e-9
-    return Policies(jnp.moveaxis(policy, -1, 0), worth, (worth > 1.0 + slack) | ~(worth >= -slack))
+    last = jnp.zeros((model.shape[0], rewards.shape[0]), model.dtype)
+    carry = (last, None if listed is None else last.astype(rewards.dtype))
+    (values, totals), policy = jax.lax.scan(back, carry, lanes, reverse=True)
+    worth, slack = values[start], class_tolerance(model.dtype)
+    outside = (worth > 1.0 + slack) | ~(worth >= -slack)
+    if totals is not None:
+        outside = outside | (totals[start] > 1.0 + class_tolerance(rewards.dtype))
+    return Policies(jnp.moveaxis(policy, -1, 0), worth, outside)
 
 
 def policy_values(model: Array, successors: Array, start: Array, policies: Array, rewards: Array) -> Array:

@@ -1,10 +1,12 @@
 """The class of rewards: non-negative, and at most 1 in total along every path. Membership, projection, banks."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxrl_suite.config import check
 from jaxrl_suite.mdp import LinearMixtureMDP
@@ -52,6 +54,57 @@ def totals_on(mask: Array, successors: Array, rewards: Array) -> Array:
     return jnp.concatenate([totals, last[None]])
 
 
+def rewards_outside(mdp: LinearMixtureMDP, rewards: Array) -> Array:
+    """Whether each reward is outside the class, exactly and also inside jit, where :func:`check_rewards` cannot refuse.
+
+    One backward recursion: an entry that is negative or not finite counts as infinite, so that the longest path from
+    the start is at most 1 if and only if every path collects at most 1 from entries that are not negative. Entries
+    that no path from the start meets do not matter (:func:`check_rewards` refuses them nevertheless).
+
+    Args:
+        mdp: model; only its support and start are read.
+        rewards: [R, H, S, A].
+
+    Returns:
+        bool [R].
+    """
+    listed = listed_successors(mdp.mask, mdp.successors)
+
+    def back(totals: Array, reward: Array) -> tuple[Array, None]:
+        return longest_from(listed, totals, reward), None
+
+    last = jnp.zeros((mdp.num_states, rewards.shape[0]), rewards.dtype)
+    totals, _ = jax.lax.scan(back, last, jnp.transpose(rewards, (1, 2, 3, 0)), reverse=True)
+    return totals[mdp.start] > 1.0 + class_tolerance(rewards.dtype)
+
+
+def class_tolerance(dtype: DTypeLike) -> float:
+    """By how much the total of a path may exceed 1 for rounding."""
+    return 1e-9 if jnp.finfo(dtype).bits >= 64 else 1e-5
+
+
+def listed_successors(mask: Array, successors: Array) -> Array:
+    """Lists [S, A, N] in which every entry is a successor: padding repeats the first one that is."""
+    first = jnp.argmax(mask, axis=-1, keepdims=True)
+    return jnp.where(mask, successors, jnp.take_along_axis(successors, first, axis=-1))
+
+
+def longest_from(listed: Array, totals: Array, reward: Array) -> Array:
+    """One step back of the longest path, [S, R] from totals [S, R] and a step's rewards [S, A, R], R side by side.
+
+    Entries that are negative or NaN count as infinite. ``listed`` is from :func:`listed_successors`.
+    """
+    width = listed.shape[-1]
+    if width > 8:
+        ahead = jnp.max(totals[listed], axis=2)
+    else:  # term by term, which fuses
+        ahead = totals[listed[..., 0]]
+        for index in range(1, width):
+            ahead = jnp.maximum(ahead, totals[listed[..., index]])
+    reward = jax.lax.stop_gradient(reward)
+    return jnp.max(jnp.where(reward >= 0.0, reward, jnp.inf) + ahead, axis=1)
+
+
 def longest_path(mdp: LinearMixtureMDP, rewards: Array) -> LongestPath:
     """The path behind :func:`longest_totals` at the start state."""
     return path_on(mdp.mask, mdp.successors, mdp.start, rewards)
@@ -78,7 +131,7 @@ def normalise_rewards(mdp: LinearMixtureMDP, rewards: Array) -> Array:
 
 
 def check_rewards(mdp: LinearMixtureMDP, rewards: Array, name: str = "rewards") -> None:
-    """Checks that concrete rewards are in the class; does nothing on traced values.
+    """Checks that concrete rewards are in the class; does nothing on traced values (:func:`rewards_outside` does).
 
     Args:
         mdp: model.
@@ -110,8 +163,7 @@ def check_rewards_on(mask: Array, successors: Array, start: Array, rewards: Arra
         where = tuple(map(int, np.argwhere(wrong)[0]))
         raise ValueError(f"{name}[reward, h, s, a = {where}]={bank[where]}: must be finite and not negative.")
     totals = np.asarray(_start_totals(mask, successors, start, jnp.asarray(bank)))
-    tolerance = 1e-5 if bank.dtype.itemsize < 8 else 1e-9
-    if np.any(totals > 1 + tolerance):
+    if np.any(totals > 1 + class_tolerance(bank.dtype)):
         index = int(np.argmax(totals))
         path = jax.jit(path_on)(mask, successors, start, jnp.asarray(bank[index]))
         steps = ", ".join(f"({int(s)}, {int(a)})" for s, a in list(zip(path.states, path.actions, strict=False))[:20])
@@ -140,6 +192,11 @@ def reward_bank(mdp: LinearMixtureMDP, key: PRNGKey, horizon: int, num_random: i
         with about one entry in ten, scaled by the longest path.
     """
     check(horizon >= 1, argument="horizon", value=horizon, rule="must be at least 1")
+    return _bank(mdp, key, horizon, num_random)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _bank(mdp: LinearMixtureMDP, key: PRNGKey, horizon: int, num_random: int) -> Array:
     states, actions, dtype = mdp.num_states, mdp.num_actions, mdp.features.dtype
     place = jnp.broadcast_to(jnp.eye(states, dtype=dtype)[:, :, None], (states, states, actions))
     goal = jnp.zeros((states, horizon, states, actions), dtype).at[:, -1].set(place)

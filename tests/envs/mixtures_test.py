@@ -1,4 +1,6 @@
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,6 @@ import pytest
 
 from jaxrl_suite.envs import mixtures
 from jaxrl_suite.envs.gymnasium_tables import gymnasium_world, play
-from jaxrl_suite.mdp import integrated_features
 from jaxrl_suite.reward_free import ExplorerConfig, check_rewards, explore, plan, suboptimality
 from jaxrl_suite.reward_free.planning import plan_model, policy_values
 
@@ -34,8 +35,9 @@ def test_worlds_are_kernels_with_normalised_features(x64, name):
         assert kernel.min() > -1e-9
         np.testing.assert_allclose(kernel.sum(-1), 1.0, atol=1e-9)
     vertices = np.random.default_rng(0).integers(0, 2, (50, world.num_states)).astype(float)
-    norms = jax.vmap(lambda f: jnp.max(jnp.linalg.norm(integrated_features(world, f), axis=-1)))(jnp.array(vertices))
-    assert name == "tabular" or float(norms.max()) <= 1 + 1e-9
+    ahead = vertices[:, np.array(world.successors)]  # [V, S, A, N]
+    norms = np.linalg.norm(np.einsum("sajd,vsaj->vsad", np.array(world.features), ahead), axis=-1)
+    assert name == "tabular" or norms.max() <= 1 + 1e-9
     assert float(jnp.linalg.norm(world.theta)) <= float(world.norm_bound) + 1e-9
     assert float(jnp.linalg.norm(world.theta - world.nominal)) <= float(world.center_bound) + 1e-9
 
@@ -46,12 +48,11 @@ def test_hard_instance_has_its_closed_form_value(x64):
     rewards = jnp.zeros((1, horizon, 3, 8)).at[0, :, 2].set(1 / horizon)
     best = plan_model(world.kernel(), world.successors, world.start, rewards)
     np.testing.assert_allclose(best.values[0], 7 / 8 * (1 / 6 + 3 * gap), atol=1e-12)
-    signs = np.array([1, -1, 1])
-    for action in range(8):
-        wrong = int(np.sum(2 * ((action >> np.arange(3)) & 1) - 1 != signs))
-        policy = jnp.full((1, horizon, 3), action)
-        loss = suboptimality(world, policy, rewards)[0]
-        np.testing.assert_allclose(loss, 2 * gap * wrong * 7 / 8, atol=1e-12)
+    signs, actions = np.array([1, -1, 1]), np.arange(8)
+    wrong = np.sum(2 * ((actions[:, None] >> np.arange(3)) & 1) - 1 != signs, axis=1)
+    policies = np.broadcast_to(actions[:, None, None], (8, horizon, 3))
+    losses = jax.jit(suboptimality)(world, policies, np.broadcast_to(rewards, (8, *rewards.shape[1:])))
+    np.testing.assert_allclose(losses, 2 * gap * wrong * 7 / 8, atol=1e-12)
 
 
 def test_frozen_lake_is_its_own_table_and_its_known_optimum(x64):
@@ -154,6 +155,16 @@ def test_values_of_the_lock_by_hand(x64):
     right = jnp.broadcast_to(jnp.array([1, 0]), (1, 3, 2))  # (3 s + 1) mod 2
     value = policy_values(world.kernel(), world.successors, world.start, right, rewards)[0]
     np.testing.assert_allclose(value, 1 - 0.3**2, atol=1e-12)
+
+
+def test_the_familys_page_makes_a_world(x64, tmp_path, monkeypatch):
+    """The first block of the page as it stands: its file is a world, its rewards are in the class."""
+    page = Path(__file__).resolve().parents[2] / "experiments" / "reward_free" / "README.md"
+    monkeypatch.chdir(tmp_path)
+    exec(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)[0], {})
+    world = mixtures.from_tables("world.npz")
+    assert world.dimension == 3 and world.num_states == 6
+    check_rewards(world, np.load("world.npz")["rewards"])
 
 
 def test_own_world_from_a_file(x64, tmp_path):

@@ -11,10 +11,12 @@ from tests.reference import mdp_planning as oracle
 
 
 def random_mdp(key, states=4, actions=3, discount=0.9, steps=None):
-    kernel_key, reward_key = jax.random.split(key)
-    kernel = jax.nn.softmax(2 * jax.random.normal(kernel_key, (states, actions, states)))
-    shape = (states, actions) if steps is None else (steps, states, actions)
-    return m.tabular_mdp(kernel, jax.random.uniform(reward_key, shape), discount)
+    # Drawn by NumPy: the generators of JAX would be compiled for every shape.
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    weights = np.exp(2 * generator.normal(size=(states, actions, states)))
+    reward = generator.uniform(size=(states, actions) if steps is None else (steps, states, actions))
+    kernel = weights / weights.sum(-1, keepdims=True)
+    return m.tabular_mdp(*(jnp.asarray(x, jnp.result_type(float)) for x in (kernel, reward)), discount)
 
 
 def two_states():
@@ -42,8 +44,9 @@ def test_value_iteration_equals_reference_and_evaluation_of_its_policy(x64, key)
     expected = oracle.value_iteration(np.array(problem.transition), np.array(problem.reward), 0.9)
     np.testing.assert_allclose(plan.values, expected, atol=1e-8)
     np.testing.assert_allclose(m.policy_evaluation(problem, plan.policy), plan.values, atol=1e-8)
-    for policy in itertools.product(range(3), repeat=4):
-        assert np.all(np.array(m.policy_evaluation(problem, jnp.array(policy))) <= np.array(plan.values) + 1e-8)
+    every = jnp.array([*itertools.product(range(3), repeat=4)])
+    values = jax.jit(jax.vmap(lambda policy: m.policy_evaluation(problem, policy)))(every)
+    assert np.all(np.array(values) <= np.array(plan.values) + 1e-8)
 
 
 def test_soft_value_iteration_equals_reference(x64, key):
@@ -108,8 +111,9 @@ def test_backward_induction_broadcasts_a_constant_reward(key):
 
 
 def test_successor_lists_equal_the_dense_kernel(x64, key):
-    successors = jax.random.randint(key, (5, 2, 3), 0, 5)  # repeats are allowed: their probabilities add
-    sparse = m.tabular_mdp(jnp.full((5, 2, 3), 1 / 3), jax.random.uniform(key, (5, 2)), 0.9, successors)
+    generator = np.random.default_rng(0)
+    successors = jnp.asarray(generator.integers(0, 5, (5, 2, 3)))  # repeats are allowed: their probabilities add
+    sparse = m.tabular_mdp(jnp.full((5, 2, 3), 1 / 3), jnp.asarray(generator.uniform(size=(5, 2))), 0.9, successors)
     dense = sparse.replace(transition=m.dense_kernel(sparse), successors=None)
     np.testing.assert_allclose(m.dense_kernel(sparse).sum(-1), 1.0)
     assert_close(m.value_iteration(sparse), m.value_iteration(dense), "reference")
