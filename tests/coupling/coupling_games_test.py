@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl_suite.coupling.games import CodingGame, enumerate_game, play, step_code, update_belief
+from jaxrl_suite.coupling.ranked_beliefs import RankedBelief, action_weights, ranked_code, ranked_update
 from jaxrl_suite.envs.rate_grid import RateGridConfig, environment, next_state, rate_grid, soft_policy
 from jaxrl_suite.mdp import soft_value_iteration
 from tests.reference import coupling_game as oracle
@@ -124,6 +125,57 @@ def test_agrees_with_the_numpy_game(played):
     assert (decoded == truth).mean() == pytest.approx(float((ours.decoded == messages).mean()), abs=0.12)
     assert rewards.mean() == pytest.approx(float(ours.rewards.mean()), abs=4 * rewards.std() / np.sqrt(200) + 0.02)
     assert lengths.mean() == pytest.approx(float(ours.trajectories.lengths.mean()), rel=0.2)
+
+
+def test_every_message_of_512_arrives_on_the_paper_grid():
+    """Property 20 at the paper's size: at 9 bits a step, all that a walk with entropy to spare says is understood."""
+    grid = rate_grid(RateGridConfig())
+    policy = soft_policy(grid, float(np.exp(-4.0)))
+    world = CodingGame(
+        policy,
+        lambda key, state, action: next_state(key, grid, state, action),
+        grid.entry_reward,
+        grid.terminal,
+        grid.start,
+    )
+    messages = jax.random.randint(jax.random.key(1), (100,), 0, 512)
+    episodes = play(jax.random.key(2), world, messages, 9.0, num_messages=512, horizon=60, num_lanes=100)
+    states, _, lengths = (np.asarray(x) for x in episodes.trajectories)
+    bits = -np.sum(np.asarray(policy) * np.log2(np.maximum(np.asarray(policy), 1e-30)), axis=1)
+    said = np.where(np.arange(60) < lengths[:, None], bits[states[:, :-1]], 0).sum(1)
+    ample = said > 9 + 6
+    assert ample.mean() > 0.5
+    np.testing.assert_array_equal(np.asarray(episodes.decoded)[ample], np.asarray(messages)[ample])
+    assert (np.asarray(episodes.truth)[ample, -1] > 0.99).all()
+
+
+def test_ranked_game_is_the_plain_one(x64):
+    """A step on ranked beliefs: the law of actions, the rate, and the posterior of the plain step, off near-ties."""
+    rng = np.random.default_rng(0)
+    beliefs = rng.dirichlet(np.full(24, 0.5), size=40)
+    beliefs[:10, 5:] = 0
+    beliefs /= beliefs.sum(1, keepdims=True)
+    laws, rate = rng.dirichlet(np.ones(4), size=40), jnp.asarray(1.7)
+    order = np.argsort(-beliefs, axis=1, kind="stable").astype(np.int32)
+    ranked = RankedBelief(jnp.asarray(np.take_along_axis(beliefs, order, axis=1)), jnp.asarray(order))
+    codes = jax.jit(jax.vmap(lambda b, p: step_code(b, p, rate)))(beliefs, laws)
+
+    @jax.jit
+    def step(ranked, actions, messages):
+        code = ranked_code(ranked, laws, rate)
+        return action_weights(code, ranked, messages), ranked_update(ranked, code, actions)
+
+    for action in range(4):
+        message = order[:, action]
+        weights, after = step(ranked, jnp.full((40,), action), jnp.asarray(message))
+        given = np.asarray(weights / weights.sum(1, keepdims=True))
+        np.testing.assert_allclose(given, codes.given[np.arange(40), message], atol=1e-9)
+        posterior = beliefs * np.asarray(codes.given)[:, :, action]
+        posterior /= posterior.sum(1, keepdims=True)
+        found = np.zeros_like(posterior)
+        np.put_along_axis(found, np.asarray(after.names), np.asarray(after.masses), axis=1)
+        np.testing.assert_allclose(found, posterior, atol=1e-9)
+        assert (np.diff(after.masses, axis=1) <= 1e-9).all()
 
 
 def test_fixed_bins_saturate(played):
