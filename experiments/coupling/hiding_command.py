@@ -13,9 +13,10 @@ def parser(description: str) -> argparse.ArgumentParser:
     """Flags that sender and receiver share."""
     flags = argparse.ArgumentParser(description=description)
     flags.add_argument("--model", default="characters", help="model folder, GGUF file, or: characters")
-    flags.add_argument("--prompt", default="The weather today is", help="text before the text; both sides must agree")
+    flags.add_argument("--prompt", default="Once upon a time, there was", help="text before the text; both sides must agree")
     flags.add_argument("--passphrase", default="", help="shared secret")
     flags.add_argument("--rate", type=float, default=math.inf, help="largest entropy of the code a token, bits")
+    flags.add_argument("--temperature", type=float, default=1.0, help="of the model; below 1 for plainer text")
     flags.add_argument("--top_k", type=int, default=40, help="candidate tokens a step")
     flags.add_argument("--max_tokens", type=int, default=4000, help="longest text")
     flags.add_argument("--output", help="file to write; standard output by default")
@@ -43,7 +44,7 @@ def run_command(
     try:
         _check(options, output)
         model = load_model(options.model, options.max_tokens)
-        channel = {"rate": options.rate, "top_k": options.top_k, "max_tokens": options.max_tokens}
+        channel = {name: getattr(options, name) for name in ("rate", "temperature", "top_k", "max_tokens")}
         data, account = work(options, model, channel)
         if output is None:
             sys.stdout.buffer.write(data)
@@ -67,6 +68,8 @@ def _check(options: argparse.Namespace, output: Path | None) -> None:
         raise HidingError(f"--output={output}: there is no folder {output.parent}. Make it first.")
     if not options.rate > 0:
         raise HidingError(f"--rate={options.rate:g}: must be positive, in bits.")
+    if not options.temperature > 0:
+        raise HidingError(f"--temperature={options.temperature:g}: must be positive.")
     for name in ("top_k", "max_tokens"):
         if getattr(options, name) < 1:
             raise HidingError(f"--{name}={getattr(options, name)}: must be at least 1.")

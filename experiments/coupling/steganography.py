@@ -11,6 +11,9 @@ Both sides run the same one-token cached program at the same shapes.
 
 Rule for tokens ("self-tokenising"): a candidate is allowed if the text so far with it, over the last few tokens, is
 tokenised back into exactly these tokens. What remains is renormalised; its cost is in the reported divergence.
+
+A message seldom ends where a sentence does. So the text goes on to the end of its sentence, with tokens drawn from the
+same law by a key stream that both sides know once the message is read: the reader checks them too.
 """
 
 import functools
@@ -31,7 +34,7 @@ from jaxrl_suite.coupling.iterative import fimec_symbol, symbol_law
 from jaxrl_suite.coupling.symbol_step import CERTAIN
 from jaxrl_suite.types import SequenceLaw
 
-_HEADER, _CHECK, _IN_FLIGHT, _WINDOW = 12, 4, 16, 12
+_HEADER, _CHECK, _IN_FLIGHT, _WINDOW, _CLOSING = 12, 4, 16, 12, 60
 
 
 class HidingError(ValueError):
@@ -58,7 +61,7 @@ class Account(NamedTuple):
     """What hiding cost.
 
     Attributes:
-        tokens: number of tokens.
+        tokens: number of tokens that carry the message; those after it, to the end of the sentence, are not counted.
         bits: hidden bits, frame included.
         entropy_bits: sum of the entropies of the token laws in use.
         surprisal_bits: sum of -log2 of the laws in use at the tokens that were written. Since the text determines the
@@ -167,10 +170,10 @@ def _advance(law: SequenceLaw, params: Any, state: Any, token: jax.Array):
 
 
 @functools.partial(jax.jit, static_argnames=("top_k",))
-def _candidates(logits: jax.Array, top_k: int):
+def _candidates(logits: jax.Array, temperature: jax.Array, top_k: int):
     logits = logits[0].astype(jnp.float32)
     values, tokens = jax.lax.top_k(logits, top_k)
-    return tokens, jax.nn.softmax(values), values - jax.nn.logsumexp(logits)
+    return tokens, jax.nn.softmax(values / temperature), values - jax.nn.logsumexp(logits)
 
 
 @jax.jit
@@ -180,11 +183,47 @@ def _channel(key, beliefs, values, probs, symbol, replay, rate):
     return drawn, after, counts, symbol_law(beliefs, counts, rate=rate)
 
 
-def _allowed(model: TextModel, text: list[int], candidates: np.ndarray) -> np.ndarray:
-    recent = text[-_WINDOW:]
-    return np.array(
-        [model.encode(model.decode([*recent, int(token)])) == [*recent, int(token)] for token in candidates]
-    )
+@jax.jit
+def _counts(probs: jax.Array):
+    return round_masses(probs, 1 << 30)
+
+
+class _Law:
+    """Law of the next token on both sides: the model's top k at a temperature, cut to self-tokenising tokens."""
+
+    def __init__(self, model: TextModel, prompt: str, top_k: int, temperature: float) -> None:
+        self.model, self.temperature, self.text = model, np.float32(temperature), []
+        self.state, self.logits = _start(model.law, model.params, jnp.asarray([model.encode(prompt)], jnp.int32))
+        self.top_k = min(top_k, self.logits.shape[-1])
+
+    def candidates(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, their probabilities, and the logarithms of their probabilities under the model's full law."""
+        found = _candidates(self.logits, self.temperature, top_k=self.top_k)
+        names, probs, log_probs = (np.array(x) for x in found)
+        recent = self.text[-_WINDOW:]
+        allowed = [
+            self.model.encode(self.model.decode([*recent, int(token)])) == [*recent, int(token)] for token in names
+        ]
+        if not any(allowed):
+            raise HidingError("no candidate token re-tokenises to itself. Raise --top_k.")
+        probs = np.where(allowed, probs, 0).astype(np.float32)
+        return names, probs / probs.sum(), log_probs
+
+    def append(self, token: int) -> None:
+        self.text.append(token)
+        token_array = jnp.asarray([token], jnp.int32)
+        self.state, self.logits = _advance(self.model.law, self.model.params, self.state, token_array)
+
+    def close_sentence(self, secret: bytes, limit: int) -> None:
+        """Goes on to the end of the sentence, at most ``limit`` tokens, by draws that the secret fixes."""
+        stream = hashlib.shake_256(b"closing" + secret).digest(8 * limit)
+        for number in range(limit):
+            if self.model.decode(self.text)[-1:] in (".", "!", "?", "\n"):
+                return
+            names, probs, _ = self.candidates()
+            sums = np.cumsum(np.array(_counts(probs), np.int64))
+            target = int.from_bytes(stream[8 * number : 8 * number + 8], "big") * int(sums[-1]) >> 64
+            self.append(int(names[int(np.searchsorted(sums, target, side="right"))]))
 
 
 def run_channel(
@@ -196,6 +235,7 @@ def run_channel(
     tokens: Sequence[int] | None = None,
     rate: float = math.inf,
     top_k: int = 40,
+    temperature: float = 1.0,
     max_tokens: int = 4000,
     seed: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -208,13 +248,14 @@ def run_channel(
     Raises:
         HidingError: the text does not carry a message, or the message does not fit into ``max_tokens``.
     """
-    if rate <= 0:
+    if not rate > 0:
         raise HidingError(f"--rate={rate:g}: no bits pass. Choose a positive rate.")
+    if not temperature > 0:
+        raise HidingError(f"--temperature={temperature:g}: must be positive.")
     began = time.perf_counter()
     key = jax.random.key(int.from_bytes(os.urandom(4), "big") if seed is None else seed)
-    blocks, text = _Blocks(passphrase), []
-    state, logits = _start(model.law, model.params, jnp.asarray([model.encode(prompt)], jnp.int32))
-    top_k = min(top_k, logits.shape[-1])
+    blocks, source = _Blocks(passphrase), _Law(model, prompt, top_k, temperature)
+    text = source.text
     entropy_bits = surprisal_bits = coupling_kl = total_kl = 0.0
     limit = max_tokens * 8
     while not blocks.done:
@@ -222,18 +263,14 @@ def run_channel(
             raise HidingError(f"the message does not fit into {max_tokens} tokens. Raise --max_tokens or the rate.")
         if tokens is not None and len(text) >= len(tokens):
             raise HidingError("the text ends before its message: it was cut, or model, prompt or passphrase differ")
-        names, probs, log_probs = (np.array(x) for x in _candidates(logits, top_k))
-        allowed = _allowed(model, text, names)
-        if not allowed.any():
-            raise HidingError("no candidate token re-tokenises to itself. Raise --top_k.")
-        probs = np.where(allowed, probs, 0).astype(np.float32)
+        names, probs, log_probs = source.candidates()
         values = np.array([frame[block] if frame is not None and block is not None else 0 for block in blocks.slots])
         symbol = 0 if tokens is None else _position(names, probs, tokens[len(text)])
         drawn, beliefs, counts, law = _channel(
             jax.random.fold_in(key, len(text)),
             blocks.beliefs,
             values.astype(np.int32),
-            probs / probs.sum(),
+            probs,
             np.int32(symbol),
             np.bool_(tokens is not None),
             np.float32(rate),
@@ -246,16 +283,16 @@ def run_channel(
         seen = np.array(law, float) / float(np.array(law, float).sum())
         carried = inside & (seen > 0)
         coupling_kl += float((seen[carried] * np.log2(seen[carried] / used[carried])).sum())
-        token = int(names[int(drawn)])
-        text.append(token)
+        source.append(int(names[int(drawn)]))
         blocks.update(np.array(beliefs), limit)
-        state, logits = _advance(model.law, model.params, state, jnp.asarray([token], jnp.int32))
         if progress is not None:
             progress(len(blocks.settled), blocks.total or 0)
-    if tokens is not None and len(tokens) != len(text):
-        raise HidingError("text goes on after its message: it was changed")
     found = bytes(blocks.settled[block] for block in range(len(blocks.settled)))
-    count, seconds = len(text), time.perf_counter() - began
+    count = len(text)
+    source.close_sentence(found[:8] + passphrase.encode(), min(_CLOSING, max_tokens - count))
+    if tokens is not None and list(tokens) != text:
+        raise HidingError("the text goes on otherwise after its message: it was changed")
+    seconds = time.perf_counter() - began
     account = Account(
         count, 8 * len(found), entropy_bits, surprisal_bits, seconds, coupling_kl / count, total_kl / count
     )

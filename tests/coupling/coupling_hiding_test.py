@@ -94,7 +94,8 @@ def test_file_in_text_and_back(characters):
     assert 0.6 * account.surprisal_bits < account.bits <= account.surprisal_bits + 0.1
     assert account.coupling_kl < 1e-6
     changed = text[:20] + ("q" if text[20] != "q" else "z") + text[21:]
-    for wrong in (changed, text[:-5], text + "x"):
+    late = text[:-2] + ("q" if text[-2] != "q" else "z") + text[-1]  # after the message, in the end of the sentence
+    for wrong in (changed, late, text[:-5], text + "x"):
         with pytest.raises(steganography.HidingError):
             steganography.reveal(model, wrong, "import ", "key")
     with pytest.raises(steganography.HidingError):
@@ -124,6 +125,7 @@ def test_commands(tmp_path, capsys, monkeypatch, characters):
         (["--output", str(tmp_path / "none" / "x")], "no folder"),
         (["--rate", "0"], "--rate"),
         (["--rate", "nan"], "--rate"),
+        (["--temperature", "0"], "--temperature"),
         (["--top_k", "0"], "--top_k"),
         (["--prompt", ""], "--prompt"),
         (["--passphrase", "wrong"], "message"),
