@@ -13,7 +13,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     """Flags that sender and receiver share."""
     flags = argparse.ArgumentParser(description=description)
     flags.add_argument("--model", default="characters", help="model folder, GGUF file, or: characters")
-    flags.add_argument("--prompt", default="Once upon a time, there was", help="text before the text; both sides must agree")
+    prompt = "Once upon a time, there was"  # of the prompts tried, the one after which small models write prose
+    flags.add_argument("--prompt", default=prompt, help="text before the text; both sides must agree")
     flags.add_argument("--passphrase", default="", help="shared secret")
     flags.add_argument("--rate", type=float, default=math.inf, help="largest entropy of the code a token, bits")
     flags.add_argument("--temperature", type=float, default=1.0, help="of the model; below 1 for plainer text")
