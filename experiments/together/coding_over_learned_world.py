@@ -26,6 +26,7 @@ _GAMES = {
     "actions": "the receiver sees actions",
     "states": "the receiver sees positions only",
     "own": "actions, each side has a model of its own",
+    "checked": "positions, the same walk read by the true model",
 }
 
 
@@ -109,6 +110,7 @@ class _Game:
         """Reward and accuracies where both sides hold the same model."""
         plan = self._plan(model)
         rows = {kind: float(self._shared(plan, kind)) for kind in ("actions", "states")}
+        rows["checked"] = float(self._shared(plan._replace(model=self.world.kernel()), "states"))
         return {"reward": float(self._reward(plan)), **rows}
 
     def own(self, sender: jax.Array, receiver: jax.Array) -> float:
@@ -151,10 +153,11 @@ def figures(result: Result) -> Mapping[str, "Figure"]:
     shown = (("reward", "what the walk earns"), ("actions", _GAMES["actions"]), ("states", _GAMES["states"]))
     for axes, (kind, title) in zip(panels, shown, strict=True):
         lines = [(str(name), kind, index) for index, name in enumerate(arrays["explorers"])]
-        if kind == "actions":
-            lines += [(str(arrays["explorers"][0]), "own", len(lines))]
+        extra = {"actions": ("own", "each side by itself"), "states": ("checked", "read by the true model")}.get(kind)
+        if extra:
+            lines += [(str(arrays["explorers"][0]), extra[0], len(lines))]
         for name, measure, index in lines:
-            label = _EXPLORERS[name] if measure == kind else f"{_EXPLORERS[name]}, each side by itself"
+            label = _EXPLORERS[name] if measure == kind else f"{_EXPLORERS[name]}, {extra[1] if extra else ''}"
             plots.line_with_interval(axes, episodes, arrays[f"{name}/{measure}"], label=label, index=index)
         for row, (label, colour) in enumerate((("true model", colours[6]), ("unexplored model", "#999999"))):
             axes.axhline(
@@ -167,6 +170,7 @@ def figures(result: Result) -> Mapping[str, "Figure"]:
             axes.set(ylim=(-0.03, 1.05), ylabel="share of messages decoded")
     panels[0].set_ylabel("expected reward of an episode (goal 1, trap -1)")
     panels[1].legend(fontsize=8, loc="center right")
+    panels[2].legend(fontsize=8, loc="upper right")
     return {"learned_world": figure}
 
 

@@ -295,6 +295,7 @@ STUDY = Study(
     figures=figures,
     presets=PRESETS["every_preference"],
     headline=("front/weightings", "ucrl_rfe/hypervolume_share", "fixed/hypervolume_share", "certificate/bound"),
+    tour=True,
     x64=True,
     extras={"matplotlib": "experiments"},
 )

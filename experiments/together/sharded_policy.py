@@ -101,7 +101,9 @@ def make_side(
         config=alignment.TrainerConfig(group_size=group_size, combine="advantage", influence_clip=math.inf),
         loss=alignment.LossConfig(kl_kind="none"),
         rule=pareto.influence_weights(jnp.full(3, 1 / 3), rate, max_log_step=0.3),
-        optimizer=optax.adam(learning_rate),
+        # A router between equal experts has no gradient but rounding, which Adam's usual eps of 1e-8 would scale up to
+        # whole steps of its own on either side.
+        optimizer=optax.adam(learning_rate, eps=1e-5),
         sampling=sampling,
         merge=merge,
     )

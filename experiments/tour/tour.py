@@ -44,8 +44,8 @@ def main(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     try:
         selected = select(all_studies(), everything=options.all, only=options.only)
-        preset = options.preset or ("smoke" if options.all else "default")
         for _, study in selected:
+            preset = _preset_of(study, options)
             if preset not in study.presets:
                 raise UsageError(f"--preset={preset}: {study.name} has {', '.join(study.presets)}.")
         workdir = _enter(
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     outcomes: list[Outcome] = []
     for number, (family, study) in enumerate(selected, start=1):
         print(f"[{number}/{len(selected)}] {family}/{study.name}: {study.summary}", flush=True)
-        outcomes.append(_run(family, study, preset, options.seed, workdir / family / study.name))
+        outcomes.append(_run(family, study, _preset_of(study, options), options.seed, workdir / family / study.name))
         last = outcomes[-1]
         print(f"      {last.status} in {last.seconds:.0f} s" + (f": {last.error}" if last.error else ""), flush=True)
         _write(workdir, outcomes)  # after each study, so that an interrupted tour leaves a page
@@ -101,6 +101,11 @@ def command_of(family: str, study: Study, preset: str, seed: int) -> list[str]:
     """The command that repeats a study by itself."""
     words = ["python", "-m", module_of(family), f"--study={study.name}", f"--preset={preset}"]
     return words + ([f"--seed={seed}"] if seed else [])
+
+
+def _preset_of(study: Study, options: argparse.Namespace) -> str:
+    """The preset asked for; else smoke for all studies, and a preset of its own for the tour where a study has one."""
+    return options.preset or ("smoke" if options.all else "tour" if "tour" in study.presets else "default")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
