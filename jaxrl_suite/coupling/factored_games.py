@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from jaxrl_suite.config import check
 from jaxrl_suite.coupling.games import step_code, update_belief
-from jaxrl_suite.coupling.sparse import check_rate
+from jaxrl_suite.coupling.sparse import check_names, check_rate
 from jaxrl_suite.distributions import categorical, entropy
 from jaxrl_suite.types import Array, PRNGKey
 
@@ -106,10 +106,11 @@ def play_factored(
         Outcome of the E episodes.
 
     Raises:
-        ValueError: sizes that do not fit, or a negative rate.
+        ValueError: sizes that do not fit, a value out of range, or a negative rate.
     """
     check(blocks.ndim == 2, argument="blocks", value=blocks.shape, rule="must have two axes, [E, W]")
     check(num_values > 1, argument="num_values", value=num_values, rule="must be at least 2")
+    check_names("blocks", blocks, num_values)
     check(horizon > 0, argument="horizon", value=horizon, rule="must be positive")
     rate = jnp.asarray(rate, jnp.result_type(float))
     check_rate(rate)

@@ -38,6 +38,7 @@ from jaxrl_suite.coupling.ranked_beliefs import (
     ranked_update,
     uniform_belief,
 )
+from jaxrl_suite.coupling.sparse import check_names, check_rate
 from jaxrl_suite.types import Array, PRNGKey
 
 EncoderName = Literal["greedy", "uniform_fixed", "uniform_adaptive"]
@@ -185,7 +186,7 @@ def play(
         Outcome of the E episodes.
 
     Raises:
-        ValueError: sizes that do not fit, a negative rate, an unknown encoder.
+        ValueError: sizes that do not fit, a message out of range, a negative rate, an unknown encoder.
     """
     check(encoder in _ENCODERS, argument="encoder", value=encoder, rule=f"must be one of {', '.join(_ENCODERS)}")
     check(num_messages > 0, argument="num_messages", value=num_messages, rule="must be positive")
@@ -199,9 +200,9 @@ def play(
         fits = replay.actions.shape == (num_episodes, horizon)
         check(fits, argument="replay", value=replay.actions.shape, rule=f"actions must be {(num_episodes, horizon)}")
         recorded = replay
+    check_names("messages", messages, num_messages)
     rate = jnp.asarray(rate, game.policy.dtype)
-    if not isinstance(rate, jax.core.Tracer):
-        check(bool(rate >= 0), argument="rate", value=float(rate), rule="must not be negative")
+    check_rate(rate)
     lanes = min(num_lanes, num_episodes)
     arrays = (game.policy, game.reward, game.terminal, game.start)
     return _play(
@@ -362,8 +363,14 @@ def enumerate_game(
 
     Returns:
         Exact expectations.
+
+    Raises:
+        ValueError: no messages, or a negative rate.
     """
-    rate = None if rate is None else jnp.asarray(rate, policies.dtype)
+    check(num_messages > 0, argument="num_messages", value=num_messages, rule="must be positive")
+    if rate is not None:
+        rate = jnp.asarray(rate, policies.dtype)
+        check_rate(rate)
     return _enumerate(policies, successors, reward, terminal, start, num_messages, rate)
 
 

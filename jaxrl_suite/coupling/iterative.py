@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxrl_suite.config import check
 from jaxrl_suite.coupling.integer import round_masses
-from jaxrl_suite.coupling.sparse import check_rate
+from jaxrl_suite.coupling.sparse import check_names, check_rate
 from jaxrl_suite.coupling.symbol_step import Partition, SymbolStep, couple_symbol, joint_counts
 from jaxrl_suite.distributions import entropy
 from jaxrl_suite.types import Array, PRNGKey, SequenceLaw
@@ -129,11 +129,12 @@ def fimec_text(
         Text and decoded message.
 
     Raises:
-        ValueError: tokens of another shape, or a rate that is negative.
+        ValueError: tokens of another shape, a value out of range, or a rate that is negative.
     """
     shape = (prompts.shape[0], num_tokens)
     given = jnp.zeros(shape, jnp.int32) if tokens is None else tokens
     check(given.shape == shape, argument="tokens", value=given.shape, rule=f"must have shape {shape}")
+    check_names("values", values, num_values)
     replay = jnp.asarray(tokens is not None)
     rate = jnp.asarray(rate, jnp.float32)
     check_rate(rate)

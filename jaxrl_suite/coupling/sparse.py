@@ -99,6 +99,18 @@ def check_rate(rate: Array) -> None:
         check(bool(np.all(np.asarray(rate) >= 0)), argument="rate", value=np.asarray(rate).tolist(), rule=rule)
 
 
+def check_names(argument: str, values: Array, number: int) -> None:
+    """Raises unless all values are in 0..number-1; looked at only where they are known.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    if is_concrete(values):
+        wrong = np.asarray(values)
+        wrong = wrong[(wrong < 0) | (wrong >= number)]
+        check(wrong.size == 0, argument=argument, value=wrong[:5].tolist(), rule=f"must be in 0..{number - 1}")
+
+
 def as_laws(*laws: Array) -> tuple[Array, ...]:
     """The arguments as arrays of one dtype: float32 at least, or integers where all are integers."""
     arrays = [jnp.asarray(p) for p in laws]

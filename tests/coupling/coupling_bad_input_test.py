@@ -1,7 +1,8 @@
 """Bad input, entry by entry: an error where values are known, a flag in the output inside jit, never a wrong coupling.
 
 Line by line of the issue: negative, non-normalised, NaN and empty marginals, negative rates and unequal masses here;
-messages that are longer than their cover here and, for files, with changed text in `coupling_hiding_test.py`.
+messages longer than their cover (low certainty inside jit, an error for files) and changed text in
+`coupling_hiding_test.py`; a pool that overflows in `coupling_arimec_test.py`.
 """
 
 import jax
@@ -27,6 +28,9 @@ from jaxrl_suite.coupling import (
     sharpen_coupling,
     soft_coupling,
 )
+from jaxrl_suite.coupling.factored_games import play_factored
+from jaxrl_suite.coupling.games import CodingGame, enumerate_game, play
+from jaxrl_suite.coupling.iterative import fimec_text
 
 GOOD = (0.5, 0.3, 0.2)
 BAD = {
@@ -147,6 +151,31 @@ def test_counts_of_unequal_totals():
         coupling = jax.jit(function)(first, second)
         assert not bool(coupling.valid)
         assert_flagged((coupling.weights, coupling.entropy))
+
+
+def test_messages_and_rates_of_games_and_texts():
+    """What cannot be a message is an error before anything is compiled."""
+    game = CodingGame(jnp.full((2, 2), 0.5), lambda key, state, action: action, jnp.zeros(2), jnp.zeros(2, bool), 0)
+    world = (jnp.full((1, 2, 2), 0.5), jnp.zeros((2, 2), jnp.int32), jnp.zeros(2), jnp.zeros(2, bool), 0)
+    key, options = jax.random.key(0), {"num_messages": 4, "horizon": 2}
+    pole = {"num_values": 4, "horizon": 2}
+    text = (key, None, None, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))
+    for message, call in (
+        ("messages", lambda: play(key, game, jnp.array([4]), 1.0, **options)),
+        ("messages", lambda: play(key, game, jnp.array([-1]), 1.0, **options)),
+        ("rate", lambda: play(key, game, jnp.array([0]), -1.0, **options)),
+        ("encoder", lambda: play(key, game, jnp.array([0]), 1.0, encoder="huffman", **options)),
+        ("rate", lambda: enumerate_game(*world, 4, -1.0)),
+        ("num_messages", lambda: enumerate_game(*world, 0, None)),
+        ("blocks", lambda: play_factored(key, None, None, jnp.array([[4]]), **pole)),
+        ("blocks", lambda: play_factored(key, None, None, jnp.array([1]), **pole)),
+        ("rate", lambda: play_factored(key, None, None, jnp.array([[1]]), -1.0, **pole)),
+        ("values", lambda: fimec_text(*text, jnp.array([[4]]), num_values=4, num_tokens=1)),
+        ("rate", lambda: fimec_text(*text, jnp.array([[1]]), num_values=4, num_tokens=1, rate=-1.0)),
+        ("tokens", lambda: fimec_text(*text, jnp.array([[1]]), num_values=4, num_tokens=1, tokens=jnp.zeros((1, 2)))),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -255,11 +255,6 @@ def test_grid_environment():
         assert int(info["final_observation"]) == cell
 
 
-def test_bad_input(game):
-    messages = jnp.zeros((4,), jnp.int32)
-    with pytest.raises(ValueError, match="encoder"):
-        play(jax.random.key(0), game, messages, 1.0, num_messages=4, horizon=5, encoder="huffman")
-    with pytest.raises(ValueError, match="rate"):
-        play(jax.random.key(0), game, messages, -1.0, num_messages=4, horizon=5)
+def test_layouts_need_a_start():
     with pytest.raises(ValueError, match="one start"):
         RateGridConfig(layout=("SS", ".G"))

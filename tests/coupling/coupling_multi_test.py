@@ -111,17 +111,17 @@ def test_pivots_and_certificate(x64):
     np.testing.assert_allclose(joint.sum(1), q, atol=1e-12)
 
 
-def test_zero_rule_is_polished_to_a_local_optimum(x64):
-    """No exchange of one cell improves what is returned: checked by running the pivots again from many starts."""
+def test_pivots_improve_the_zero_rule(x64):
+    """From the couplings of the rule "zero", which are no local optima, pivots lower the entropy, and never raise it."""
     rng = np.random.default_rng(6)
     p, q = rng.dirichlet(np.ones(4), size=60), rng.dirichlet(np.ones(4), size=60)
-    few, many = (
-        np.asarray(
-            jax.jit(jax.vmap(lambda p, q, k=k: polished_coupling(p, q, rule="zero", max_pivots=k).entropy))(p, q)
-        )
-        for k in (1, 32)
-    )
-    start = np.asarray(jax.jit(jax.vmap(lambda p, q: greedy_coupling(p, q, rule="zero").entropy))(p, q))
-    assert (few <= start + 1e-12).all()
-    assert (many <= few + 1e-12).all()
-    assert (few < start - 1e-6).any()
+
+    @jax.jit
+    @jax.vmap
+    def solve(p, q):
+        start = greedy_coupling(p, q, rule="zero").entropy
+        return start, polished_coupling(p, q, rule="zero", max_pivots=32).entropy
+
+    start, polished = (np.asarray(x) for x in solve(p, q))
+    assert (polished <= start + 1e-12).all()
+    assert (polished < start - 1e-6).mean() > 0.05
