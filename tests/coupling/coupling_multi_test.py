@@ -112,7 +112,7 @@ def test_pivots_and_certificate(x64):
 
 
 def test_pivots_improve_the_zero_rule(x64):
-    """From the couplings of the rule "zero", which are no local optima, pivots lower the entropy, and never raise it."""
+    """From the couplings of the rule "zero", no local optima, pivots lower the entropy, and never raise it."""
     rng = np.random.default_rng(6)
     p, q = rng.dirichlet(np.ones(4), size=60), rng.dirichlet(np.ones(4), size=60)
 
