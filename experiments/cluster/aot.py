@@ -20,7 +20,8 @@ class Compiled(NamedTuple):
         memory_bytes: of one device: arguments, outputs that are not arguments' memory, temporaries, program.
         state_bytes: arguments of one device by kind, where known.
         temporary_bytes: temporaries of one device by kind, as far as the loops of the compiled text tell.
-        traffic: collectives by kind and group: operations, runs, bytes of a device, whether a group leaves its node.
+        traffic: collectives by kind and group: operations, runs, bytes of a device, whether a group leaves its node,
+            and for the train step the bytes that a formula gives them.
         unknown_runs: collectives in loops whose length is not in the compiled text; counted once.
         flops: counted from the jaxpr, over all devices; 0 where not counted.
         product_bytes: what those products read and write, over all devices.
@@ -187,7 +188,22 @@ def compile_train_step(
     }
     needed = token_flops(config.model, sequence).train * sequence * global_batch
     declared = declared_flops(config, folding, sequence=sequence, global_batch=global_batch)
-    return found._replace(state_bytes=held, model_flops=needed, declared=declared)
+    traffic = _beside_formula(found.traffic, config, folding, sequence=sequence, global_batch=global_batch)
+    return found._replace(state_bytes=held, model_flops=needed, declared=declared, traffic=traffic)
+
+
+def _beside_formula(rows: list[dict[str, Any]], config: Any, folding: Any, **shape: int) -> list[dict[str, Any]]:
+    """Rows of one kind and group get the bytes that the formula gives them, where there is one for the step."""
+    from experiments.cluster.declared_traffic import declared_traffic, key_of
+
+    try:
+        formula = declared_traffic(config, folding, **shape)
+    except ValueError:  # a dispatcher or schedule without formula
+        return rows
+    total: dict[Any, float] = {}
+    for row in rows:
+        total[key_of(row)] = total.get(key_of(row), 0.0) + row["bytes"]
+    return [{**row, "formula": formula.get(key_of(row), 0.0) * row["bytes"] / total[key_of(row)]} for row in rows]
 
 
 def _local_bytes(shapes: Any) -> int:

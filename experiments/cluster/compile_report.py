@@ -39,7 +39,7 @@ def print_traffic(found: Compiled) -> None:
     rows = [_traffic_cells(row) for row in found.traffic if row["bytes"] >= 1e6]
     if rows:
         print("\nsent by a device in a step:")
-        print_table(rows, _TRAFFIC_COLUMNS)
+        print_table(rows, (*_TRAFFIC_COLUMNS, *(["of the formula"] if len(rows[0]) > len(_TRAFFIC_COLUMNS) else [])))
     if found.unknown_runs:
         print(f"{found.unknown_runs} collectives lie in loops whose length is not in the compiled text: counted once")
 
@@ -48,7 +48,8 @@ def _traffic_cells(row: dict[str, Any]) -> list[str]:
     first = " ".join(map(str, row["first_group"])) + (" …" if row["group_size"] > 8 else "")
     leaving, sent = f"{row['groups_leaving_node']} of {row['num_groups']}", sent_by_link(row)
     size = [f"{sent.node / 1e9:.3f}", f"{sent.network / 1e9:.3f}"]
-    return [row["kind"], str(row["group_size"]), first, leaving, str(row["runs"]), *size]
+    formula = [f"{row['bytes'] / row['formula']:.3f}" if row["formula"] else "-"] if "formula" in row else []
+    return [row["kind"], str(row["group_size"]), first, leaving, str(row["runs"]), *size, *formula]
 
 
 def print_flops(found: Compiled) -> None:

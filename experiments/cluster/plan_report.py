@@ -94,7 +94,7 @@ def print_report(
     if asked is not None and asked not in shown:
         shown = [*shown, asked]
     ranks = [str(fitting.index(c) + 1) if c in fitting else "-" for c in shown]
-    print_table([[rank, *_cells(c)] for rank, c in zip(ranks, shown)])
+    print_table([[rank, *cells(c)] for rank, c in zip(ranks, shown)])
     for rank, candidate in zip(ranks, shown):
         title = f"{rank}. {candidate.folding}" if rank != "-" else f"Does not fit: {candidate.folding}"
         print(f"\n{title}")
@@ -147,10 +147,11 @@ def _difference(slow: Candidate, fast: Candidate) -> str:
     return f"most of the difference is {PARTS[name]} ({more[name]:+.2f} s a step)."
 
 
-_COLUMNS = ("rank", "attention", "experts", "pp", "sharding", "recompute", "MFU %", "step s", "memory GB", "bound by")
+COLUMNS = ("rank", "attention", "experts", "pp", "sharding", "recompute", "MFU %", "step s", "memory GB", "bound by")
 
 
-def _cells(candidate: Candidate) -> list[str]:
+def cells(candidate: Candidate) -> list[str]:
+    """A row of the table: degrees, what was chosen, what is predicted."""
     folding, (name, share) = candidate.folding, next(iter(shares(candidate).items()))
     return [
         f"tp{folding.tp} cp{folding.cp} dp{folding.dp}",
@@ -165,7 +166,7 @@ def _cells(candidate: Candidate) -> list[str]:
     ]
 
 
-def print_table(rows: Sequence[Sequence[str]], columns: Sequence[str] = _COLUMNS) -> None:
+def print_table(rows: Sequence[Sequence[str]], columns: Sequence[str] = COLUMNS) -> None:
     """A table: drawn by rich on a terminal that is wide enough, aligned columns elsewhere."""
     if sys.stdout.isatty() and shutil.get_terminal_size().columns >= 110:
         try:
@@ -181,6 +182,6 @@ def print_table(rows: Sequence[Sequence[str]], columns: Sequence[str] = _COLUMNS
                 table.add_row(*row)
             Console().print(table)
             return
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows)]
+    widths = [max(map(len, column)) for column in zip(columns, *rows)]
     for row in (columns, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

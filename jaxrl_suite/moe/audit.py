@@ -98,8 +98,8 @@ def audit(compiled: Any) -> list[Collective]:
             if all(len(set(group)) < 2 for group in groups):
                 continue
             scope = re.search(r'op_name="([^"]*)"', line)
-            size = max(_size_of(match[2], bool(match[4])), 0)
-            if match[3] == "reduce-scatter":  # the text shows the result, a share of what goes in
+            size = _size_of(match[2], match[4] is not None and match[3] != "all-reduce")
+            if match[3] == "reduce-scatter" and not match[4]:  # the text shows the result, a share of what goes in
                 size *= max(map(len, groups))
             found.append(Collective(match[1], match[3], groups, size, runs, loops, scope[1] if scope else ""))
     return found
@@ -288,12 +288,23 @@ def _groups_of(line: str, kind: str) -> tuple[Group, ...]:
 
 
 def _size_of(shape: str, is_start: bool) -> int:
-    """Bytes of a result; of the largest part of an asynchronous start, of the sum of a tuple."""
+    """Bytes of a result, the sum of a tuple; of an asynchronous start, operands or results, whichever is larger."""
+    if not is_start or not shape.startswith("("):
+        return _sum_of_parts(shape)
+    # ((operands), results) or (operand, result, …): parts of the outermost tuple.
+    parts, depth, begin = [], 0, 1
+    for place, letter in enumerate(shape):
+        depth += (letter in "([{") - (letter in ")]}")
+        if (letter == "," and depth == 1) or (letter == ")" and depth == 0):
+            parts.append(shape[begin:place])
+            begin = place + 1
+    return max(map(_sum_of_parts, parts), default=0)
+
+
+def _sum_of_parts(shape: str) -> int:
     sizes = [
         math.prod(_integers(dims)) * _BYTES[dtype] if dims else _BYTES[dtype]
         for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
         if dtype in _BYTES
     ]
-    if not sizes:
-        return 0
-    return int(max(sizes) if is_start else sum(sizes))
+    return int(sum(sizes))
