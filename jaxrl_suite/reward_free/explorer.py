@@ -58,7 +58,8 @@ def explore(
         mdp: the world; its true parameter draws the transitions and is otherwise read by diagnostics only.
         config: algorithm and sizes.
         hparams: traced scalars.
-        reward: [H, S, A], required by "hf_ucrl_vtr_plus" and refused by the others.
+        reward: [H, S, A], required by "hf_ucrl_vtr_plus" and refused by the others; inside jit, where it cannot be
+            refused, :func:`rewards_outside` says whether it is in the class.
 
     Returns:
         History, statistics, estimate and model.

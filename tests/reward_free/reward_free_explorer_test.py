@@ -11,7 +11,6 @@ from jaxrl_suite.reward_free.config import HParams
 from jaxrl_suite.reward_free.oracles import start_logits
 from jaxrl_suite.reward_free.planning import plan_model, policy_values
 from jaxrl_suite.reward_free.radius import confidence_radius, least_deviation, scales
-from jaxrl_suite.testing import check_chunked_equals_whole
 from tests.reference import mdp_planning
 from tests.reference import reward_free_explorer as oracle
 
@@ -21,13 +20,15 @@ CONFIG = rf.ExplorerConfig(horizon=HORIZON, num_episodes=EPISODES, ascent_steps=
 
 @functools.cache
 def world():
-    return mixtures.lock(4, 2, 2)
+    with jax.ensure_compile_time_eval():  # the first test to ask for it may be tracing
+        return mixtures.lock(4, 2, 2)
 
 
 @functools.cache
 def bank():
     """2 S + 50 rewards."""
-    return rf.reward_bank(world(), jax.random.key(1), HORIZON)
+    with jax.ensure_compile_time_eval():
+        return rf.reward_bank(world(), jax.random.key(1), HORIZON)
 
 
 @functools.cache
@@ -93,28 +94,20 @@ def test_deterministic(x64):
         np.testing.assert_array_equal(a, b)
 
 
-def test_chunks_add_up_to_the_whole(x64):
-    """Property 17: a run cut into chunks ends in the same state (the main explorer's is in the list of contracts)."""
-    config = CONFIG.replace(algorithm="ucrl_rfe")
-    state = rf.init_explorer(jax.random.key(5), world(), config, HParams())
-
-    def run(state, start, num_steps):
-        return rf.advance(world(), config, HParams(), state, jnp.int32(start), num_steps)[0]
-
-    check_chunked_equals_whole(run, state, num_steps=4, chunks=(2, 2))
+planner, worth_of, loss_of = jax.jit(plan_model), jax.jit(policy_values), jax.jit(rf.suboptimality)
 
 
 def test_planning_with_the_truth_is_optimal(x64):
     """Property 9: theta = theta* gives exactly optimal policies for every reward; the bank equals a loop."""
     mdp, kernel = world(), dense(world())
-    planned = plan_model(mdp.kernel(), mdp.successors, mdp.start, bank())
-    np.testing.assert_allclose(rf.suboptimality(mdp, planned.actions, bank()), 0.0, atol=1e-12)
+    planned = planner(mdp.kernel(), mdp.successors, mdp.start, bank())
+    np.testing.assert_allclose(loss_of(mdp, planned.actions, bank()), 0.0, atol=1e-12)
     for index in (0, 5, 17):
         policy, values = mdp_planning.best_finite_policy(kernel, np.array(bank()[index]))
         np.testing.assert_allclose(planned.values[index], values[0, 0], atol=1e-12)
-        single = plan_model(mdp.kernel(), mdp.successors, mdp.start, bank()[index][None])
+        single = planner(mdp.kernel(), mdp.successors, mdp.start, bank()[index][None])
         np.testing.assert_array_equal(single.actions[0], planned.actions[index])
-        worth = policy_values(mdp.kernel(), mdp.successors, mdp.start, jnp.array(policy)[None], bank()[index][None])
+        worth = worth_of(mdp.kernel(), mdp.successors, mdp.start, jnp.array(policy)[None], bank()[index][None])
         np.testing.assert_allclose(worth[0], values[0, 0], atol=1e-12)
 
 
@@ -122,8 +115,8 @@ def test_blocks_of_rewards_equal_one_block(x64):
     mdp = world()
     count = len(bank())
     many = jnp.concatenate([bank()] * (1001 // count + 1))[:1001]
-    planned = plan_model(mdp.kernel(), mdp.successors, mdp.start, many)
-    single = plan_model(mdp.kernel(), mdp.successors, mdp.start, bank())
+    planned = planner(mdp.kernel(), mdp.successors, mdp.start, many)
+    single = planner(mdp.kernel(), mdp.successors, mdp.start, bank())
     assert planned.actions.shape == (1001, HORIZON, 4)
     np.testing.assert_array_equal(planned.actions[:count], single.actions)
     last = 1001 // count * count
@@ -169,8 +162,8 @@ def _bare(found):
 
 def prior_loss():
     """Worst loss of the plans of one who believes the centre of the ridge."""
-    prior = plan_model(world().kernel(world().nominal), world().successors, world().start, bank()).actions
-    return float(jnp.max(rf.suboptimality(world(), prior, bank())))
+    prior = planner(world().kernel(world().nominal), world().successors, world().start, bank()).actions
+    return float(jnp.max(loss_of(world(), prior, bank())))
 
 
 # What fits together is traced together; the slow test runs each choice by itself.
@@ -261,8 +254,10 @@ def test_certificate_is_above_every_loss(x64):
 
 
 def test_certificate_is_above_every_loss_after_every_episode(x64):
-    """Property 11 at every k, for UCRL-RFE with a proven radius that is scaled down until the bound says something."""
-    config, hparams = CONFIG.replace(algorithm="ucrl_rfe", radius="subgaussian"), HParams(ridge_scale=0.01)
+    """Property 11 at every k, for UCRL-RFE and a proven radius scaled down until the bound says something; and property
+    17: episodes one by one add up to the whole run."""
+    config, hparams = CONFIG.replace(algorithm="ucrl_rfe"), HParams()
+    proven = config.replace(radius="subgaussian")
 
     @jax.jit
     def path(keys):
@@ -271,16 +266,18 @@ def test_certificate_is_above_every_loss_after_every_episode(x64):
                 state, record = rf.advance(world(), config, hparams, state, k, 1)
                 found = rf.finish(world(), config, hparams, state, record)
                 loss = rf.suboptimality(world(), rf.plan(found, bank()).actions, bank())
-                return state, (jnp.max(loss), rf.certificate(world(), config, hparams, found, scale=0.1).bound)
+                sealed = rf.certificate(world(), proven, hparams, found, scale=0.1)
+                return state, (record.states[0], jnp.max(loss), sealed.bound)
 
             state = rf.init_explorer(key, world(), config, hparams)
             return jax.lax.scan(episode, state, jnp.arange(EPISODES))[1]
 
         return jax.vmap(one)(keys)
 
-    losses, bounds = path(jax.random.split(jax.random.key(1), 8))
-    assert np.all(np.array(bounds) >= np.array(losses))
-    assert float(losses[:, 0].min()) > 0 and float(bounds[:, -1].max()) < 1.0  # neither side is trivial
+    states, losses, bounds = map(np.array, path(keys_of_runs()))
+    np.testing.assert_array_equal(states[:, :FEW], runs("ucrl_rfe").history.states[:, :FEW])
+    assert np.all(bounds >= losses)
+    assert losses[:, 0].min() > 0 and bounds[:, -1].max() < 1.0  # neither side is trivial
 
 
 def test_certificate_shrinks_with_a_known_model(x64):
