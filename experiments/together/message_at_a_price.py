@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ class MessageAtAPriceConfig(Config):
     temperatures: tuple[float, ...] = field((0.05, 0.1, 0.15, 0.2, 0.3, 0.4), help="of the entropy surrogate")
     num_steps: int = field(200, help="steps of Adam")
     step_size: float = field(0.05, help="of Adam")
-    text_prices: tuple[float, ...] = field((0.6, 0.75, 0.9, 1.0, 1.15, 1.3), help="log-likelihood a bit, in text")
+    text_prices: tuple[float, ...] = field((0.8, 0.87, 0.93, 1.0, 1.15, 1.3), help="log-likelihood a bit, in text")
     num_characters: int = field(60, help="characters of a text")
     num_blocks: int = field(32, help="blocks of four bits that a text carries")
     num_texts: int = field(32, help="texts a price")
@@ -231,16 +231,18 @@ def _draw_series(axes, points: np.ndarray, column: int, kept: np.ndarray, index:
 
 def _draw_texts(arrays: Mapping[str, np.ndarray]) -> "Figure":
     prices, points = arrays["text/prices"], arrays["text/planned"]
-    figure, axes = plots.new_figure(11.0, 0.9 + 0.55 * len(prices), title="The same message at a rising price of a bit")
+    figure, axes = plots.new_figure(6.2, 0.8 + 0.6 * len(prices), title="The same message at a rising price of a bit")
     axes.set_axis_off()
     for row, price in enumerate(prices):
-        sample = str(arrays["text/samples"][row]).replace("\n", "\u23ce")
-        height = 1 - (row + 0.5) / len(prices)
-        head = f"price {price:g}: {points[row, 0]:.2f} bits of likelihood, {points[row, 1]:.2f} bits said a character"
-        axes.text(0.0, height + 0.05, head, fontsize=9, color="#555555", transform=axes.transAxes)
-        axes.text(
-            0.0, height - 0.05, sample, family="monospace", fontsize=10, parse_math=False, transform=axes.transAxes
+        # Blanks are shown as dots, ends of lines as arrows: cold laws write little else.
+        sample = str(arrays["text/samples"][row]).replace(" ", "\u00b7").replace("\n", "\u23ce")
+        head = f"price {price:g}: {-points[row, 0]:.2f} bits of surprise and {points[row, 1]:.2f} bits said a character"
+        lines: tuple[tuple[float, str, dict[str, Any]], ...] = (
+            (0.25, head, {"fontsize": 9, "color": "#555555"}),
+            (0.62, sample, {"fontsize": 10, "family": "monospace", "parse_math": False}),
         )
+        for share, text, style in lines:
+            axes.text(0.0, 1 - (row + share) / len(prices), text, va="center", transform=axes.transAxes, **style)
     return figure
 
 

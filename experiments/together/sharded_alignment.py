@@ -36,11 +36,11 @@ class ShardedAlignmentConfig(Config):
     width: int = field(32, help="width of the small model")
     num_layers: int = field(2, help="layers of the small model")
     supervised_steps: int = field(400, help="steps of supervised training of the small dense model")
-    num_steps: int = field(40, help="rollouts")
+    num_steps: int = field(20, help="rollouts")
     num_prompts: int = field(16, help="sums a rollout")
     group_size: int = field(8, help="completions a sum")
     max_tokens: int = field(24, help="longest completion of a pretrained model, in tokens")
-    learning_rate: float = field(1e-3, help="of Adam")
+    learning_rate: float = field(3e-4, help="of Adam")
     rate: float = field(1.0, help="exponent scale of the influence weights")
 
     def __post_init__(self) -> None:
@@ -88,6 +88,12 @@ def run(run: "Run") -> Result:
         summary[f"reward/{name}_last"] = float(one[f"reward/{name}"][-tail:].mean())
         summary[f"weight/{name}_last"] = float(one[f"weight/{name}"][-1])
     summary["identical/steps_with_equal_tokens"] = f"{int(same.sum())} of {config.num_steps}"
+    before = int(same.sum()) if same.all() else int(np.argmin(same))
+    until = max(1, before)
+    summary |= {
+        f"identical/largest_difference_{key.replace(' ', '_')}_until_a_token_differs": float(values[:until].max())
+        for key, values in difference.items()
+    }
     summary |= {f"identical/largest_difference_{k.replace(' ', '_')}": float(v.max()) for k, v in difference.items()}
     summary["identical/largest_relative_difference_of_final_parameters"] = gap
     summary["reshard/bits_kept"] = bool(moved["identical"])
@@ -219,7 +225,11 @@ STUDY = Study(
     run=run,
     figures=figures,
     presets=PRESETS["sharded_alignment"],
-    headline=("identical/steps_with_equal_tokens", "identical/largest_difference_weights", "reshard/bits_kept"),
+    headline=(
+        "identical/steps_with_equal_tokens",
+        "identical/largest_difference_weights_until_a_token_differs",
+        "reshard/bits_kept",
+    ),
     num_cpu_devices=8,
     extras={"matplotlib": "experiments"},
 )

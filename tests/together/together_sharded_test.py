@@ -11,6 +11,7 @@ from experiments.alignment import arithmetic_task as task
 from experiments.together import pretrained_sums, sharded_policy
 from experiments.together.sharded_alignment import ShardedAlignmentConfig
 from jaxrl_suite import alignment, lm, moe
+from jaxrl_suite.types import Generation
 
 FOLDING = "attention=tp2.dp4 experts=ep8"
 
@@ -77,6 +78,32 @@ def test_words_of_a_sum_are_scored():
     assert pretrained_sums.score_text("3 + 4 = 7", 7) == (1.0, 0.0)
     assert pretrained_sums.score_text("= 1\n= 2", 7) == (0.0, 1.0)
     assert pretrained_sums.score_text("", 7) == (0.0, 0.0)
+
+
+def test_pretrained_models_are_asked_in_words(monkeypatch):
+    """Prompts of one length, three rewards a completion read from its text; the folding is checked first."""
+    tokenizer = lm.ByteTokenizer()
+    dense = lm.LanguageModelConfig(vocab_size=tokenizer.vocab_size, width=8, num_layers=1, num_heads=2, num_kv_heads=1,
+                                   head_dim=4, ffn_width=8)  # fmt: skip
+    loaded = lm.Pretrained(lm.LanguageModel(dense), lm.init_params(jax.random.key(0), dense), dense, tokenizer)
+    monkeypatch.setattr(pretrained_sums.lm, "load_pretrained", lambda path: loaded)
+    config = ShardedAlignmentConfig(model="small", num_prompts=2, num_experts=4, digits=2)
+    folding = moe.Folding.parse("attention=dp8 experts=ep4.edp2", 8)
+    _, model, prompts_of, rewards, sampling = pretrained_sums.policy_of(config, jax.random.key(1), folding)
+    assert model.num_experts == 4 and sampling.max_tokens == config.max_tokens
+    (prompts, mask), (again, _) = prompts_of(0), prompts_of(1)
+    assert prompts.shape == again.shape
+    words = tokenizer.decode(np.asarray(prompts[0])[np.asarray(mask[0])].tolist())
+    first, second = (int(number) for number in words.split("is ")[1].split("?")[0].split(" + "))
+    assert words == pretrained_sums.question(first, second)
+    texts = [f"{first} + {second} = {first + second}", "= no\n"]
+    tokens, real = lm.left_pad([tokenizer.encode(text) for text in texts], pad_token=tokenizer.pad_token)
+    generation = Generation(jnp.asarray(tokens), jnp.zeros(tokens.shape), jnp.asarray(real))
+    lengths = alignment.update_running_mean(alignment.init_running_mean(), jnp.asarray(real.sum(1)))
+    scores = rewards(jnp.repeat(prompts[:1], 2, axis=0), generation, lengths)
+    np.testing.assert_array_equal(scores, [[1, 0], [0, 1], [0, 0]])
+    with pytest.raises(ValueError, match="tp"):
+        pretrained_sums.policy_of(config, jax.random.key(1), moe.Folding.parse("attention=tp8 experts=ep4.edp2", 8))
 
 
 def test_bad_input():
