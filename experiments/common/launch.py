@@ -77,13 +77,8 @@ def prepare_jax(study: Study, settings: Settings) -> None:
             )
         devices //= settings.num_processes
     if devices > 1:
-        # A thread a virtual device is too few: collectives that wait for each other hold theirs.
-        for name in ("NPROC", "PJRT_NPROC"):
-            os.environ.setdefault(name, str(4 * devices))
-        if "JAX_PLATFORMS" not in os.environ:  # the devices are virtual CPUs also where there is one GPU or TPU
-            jax.config.update("jax_platforms", "cpu")
         try:
-            jax.config.update("jax_num_cpu_devices", devices)
+            virtual_devices(devices)
         except RuntimeError:  # JAX runs already, as in a notebook
             if jax.device_count() < devices:
                 raise UsageError(
@@ -103,6 +98,23 @@ def prepare_jax(study: Study, settings: Settings) -> None:
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if cache:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def virtual_devices(number: int) -> None:
+    """Asks for virtual CPU devices, before the first array. JAX_PLATFORMS may name real devices instead.
+
+    Raises:
+        RuntimeError: JAX has started.
+    """
+    # A thread a virtual device is too few: collectives that wait for each other hold theirs.
+    for name in ("NPROC", "PJRT_NPROC"):
+        os.environ.setdefault(name, str(4 * number))
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "collective_call_terminate" not in flags:  # many devices on few cores may wait long for each other
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_collective_call_terminate_timeout_seconds=600".strip()
+    if "JAX_PLATFORMS" not in os.environ:  # the devices are virtual CPUs also where there is one GPU or TPU
+        jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", number)
 
 
 def print_result(study: Study, result: Result) -> None:

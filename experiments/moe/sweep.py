@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.moe.devices import virtual_devices
+from experiments.common.launch import virtual_devices
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("out", "runs/moe/sweep.jsonl", "file of results", flag_values=FLAGS)

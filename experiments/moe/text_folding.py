@@ -29,6 +29,7 @@ class TextFoldingConfig(Config):
         "attention=tp2.dp4 experts=ep8; attention=tp2.cp2.dp2 experts=etp2.ep4",
         help="foldings to train under, separated by semicolons",
     )
+    num_ranks: int = field(0, help="ranks of each folding; 0 for all devices (--num_cpu_devices sets how many)")
     num_steps: int = field(60, help="optimizer steps")
     batch_size: int = field(8, help="sequences of a step")
     length: int = field(128, help="bytes of a sequence")
@@ -38,6 +39,9 @@ class TextFoldingConfig(Config):
     num_experts: int = field(8, help="experts of a layer")
     balance_coef: float = field(0.01, help="weight of the balancing loss, over the global batch")
     dispatch: str = field("padded", help="dispatcher: padded, allgather or emulated (all dropless)")
+    expert_precision: str = field(
+        "compute", help="operands of the folded experts' products: compute (as the model) or float8 (shows its error)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,6 +52,9 @@ class TextFoldingConfig(Config):
             value=self.dispatch,
             rule="must be padded, allgather or emulated, since the oracle drops nothing",
         )
+        check(self.num_ranks >= 0, argument="num_ranks", value=self.num_ranks, rule="must not be negative")
+        known = self.expert_precision in ("compute", "float8")
+        check(known, argument="expert_precision", value=self.expert_precision, rule="must be compute or float8")
 
 
 class TextFoldingHParams(NamedTuple):
@@ -69,7 +76,7 @@ def run(run: Run) -> Result:
     names = [part.strip() for part in config.foldings.split(";") if part.strip()]
     overloads = []
     for index, name in enumerate(names):
-        folding = moe.Folding.parse(name, 8)
+        folding = moe.Folding.parse(name, config.num_ranks or jax.device_count())
         curves[name], overload = _train_folded(run, index, config, model, text, rate, folding)
         overloads.append(overload)
     oracle = curves["one device (oracle)"]
@@ -175,6 +182,7 @@ def _train_folded(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same batches under a folding; returns the loss and the largest load over the mean load of each step."""
     options = moe.MoEConfig(model=model, dispatch=config.dispatch, block_rows=32, balance="global")
+    options = options.replace(expert_precision=config.expert_precision)
     hparams = moe.HParams(learning_rate=rate, balance_coef=config.balance_coef)
 
     @jax.jit

@@ -8,7 +8,6 @@ writes a Hugging Face folder at the end. ``--model=small`` is a byte model; a fo
 Mixtral, Qwen2-MoE or Qwen3-MoE is read straight onto the folding.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.moe.devices import virtual_devices
+from experiments.common.launch import virtual_devices
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("folding", "attention=tp2.dp4 experts=ep8", "where attention and experts lie", flag_values=FLAGS)
@@ -39,7 +38,7 @@ def build(folding: Any) -> tuple[Any, Any, Any]:
     import jax
 
     from jaxrl_suite import lm, moe
-    from jaxrl_suite.moe.partition import placements
+    from jaxrl_suite.moe.pretrained import load_pretrained
 
     options: dict[str, Any] = {
         "num_microbatches": FLAGS.num_microbatches or folding.pp,
@@ -55,22 +54,8 @@ def build(folding: Any) -> tuple[Any, Any, Any]:
         )  # fmt: skip
         config = moe.MoEConfig(model=model, **options)
         return config, moe.init_train_state(jax.random.key(0), config, folding), None
-    mesh, places = folding.mesh(), {}
-
-    def sharding(path: str, shape: tuple[int, ...]) -> Any:
-        del shape
-        return jax.sharding.NamedSharding(mesh, places[path].stored)
-
-    from jaxrl_suite.lm.hf_config import config_from_hf
-
-    source = Path(FLAGS.model)
-    values = json.loads((source / "config.json").read_text())
-    config = moe.MoEConfig(model=config_from_hf(values, where=str(source / "config.json")), **options)
-    moe.check_folding(config, folding)
-    places.update(placements(config, folding))
-    loaded = lm.load_pretrained(source, sharding=sharding)
-    config = config.replace(model=loaded.config)
-    return config, moe.state_from_params(loaded.params, config, folding), loaded.tokenizer
+    loaded = load_pretrained(FLAGS.model, folding, **options)
+    return loaded.config, moe.state_from_params(loaded.params, loaded.config, folding), loaded.tokenizer
 
 
 def read_tokens(tokenizer: Any) -> Any:
@@ -103,8 +88,9 @@ def train(folding: Any) -> None:
     import jax.numpy as jnp
 
     from experiments.moe.corpus import windows
-    from jaxrl_suite import lm, moe
+    from jaxrl_suite import moe
     from jaxrl_suite.io import checkpoint
+    from jaxrl_suite.moe.pretrained import save_pretrained
 
     config, state, tokenizer = build(folding)
     text = jnp.asarray(read_tokens(tokenizer))
@@ -134,9 +120,7 @@ def train(folding: Any) -> None:
     checkpoint.save_checkpoint(folder, int(state.step), state, metadata={"folding": str(folding)})
     print(f"saved step {int(state.step)} in {folder}")
     if FLAGS.export:
-        params = jax.tree.map(jax.device_get, state.params)
-        pretrained = lm.Pretrained(lm.LanguageModel(config.model), params, config.model, tokenizer)
-        print(f"exported to {lm.save_pretrained(FLAGS.export, pretrained, overwrite=True)}")
+        print(f"exported to {save_pretrained(FLAGS.export, state.params, config, tokenizer=tokenizer, overwrite=True)}")
 
 
 def main(arguments: list[str]) -> int:

@@ -10,7 +10,7 @@ import sys
 
 from absl import flags
 
-from experiments.moe.devices import virtual_devices
+from experiments.common.launch import virtual_devices
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("folding", "attention=tp2.dp4 experts=ep8", "the folding to verify", flag_values=FLAGS)

@@ -46,7 +46,10 @@ class MoEConfig(Config):
     drop_scope: Literal["rank", "sequence"] = field("rank", help="tokens that a capacity is decided over")
     buffer_factor: float | None = field(None, help="'padded': rows to a peer over the even share; None never overflows")
     balance: Literal["none", "batch", "sequence", "global"] = field("none", help="scope of the balancing loss")
-    block_rows: int = field(128, help="rows of one block of the grouped product")
+    block_rows: int = field(0, help="rows of one block of the grouped product; 0 for a quarter of an even share")
+    expert_precision: Literal["compute", "float8"] = field(
+        "compute", help="operands of the experts' products: the compute dtype, or blockwise scaled float8 (e4m3)"
+    )
     num_microbatches: int = field(1, help="micro-batches of one step on each data rank")
     schedule: Literal["gpipe", "1f1b"] = field("gpipe", help="pipeline schedule")
     virtual_stages: int = field(1, help="rounds of the circular pipeline; 1 for none")
@@ -64,7 +67,8 @@ class MoEConfig(Config):
             rule="dispatch='drop_pad' needs a capacity factor",
             remedy="A factor of E / k or more drops nothing",
         )
-        for name in ("block_rows", "num_microbatches", "virtual_stages"):
+        check(self.block_rows >= 0, argument="block_rows", value=self.block_rows, rule="must not be negative")
+        for name in ("num_microbatches", "virtual_stages"):
             check(getattr(self, name) >= 1, argument=name, value=getattr(self, name), rule="must be at least 1")
         for name in ("capacity_factor", "buffer_factor"):
             value = getattr(self, name)

@@ -88,6 +88,7 @@ def identity_experts(block: int = 8) -> Experts:
     return Experts(lambda x: x, lambda x, blocks: x, block)
 
 
+@jax.named_scope("dispatch")  # an audit can tell expert traffic from that of attention
 def dispatch(
     mode: Mode,
     x: Array,

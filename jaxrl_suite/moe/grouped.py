@@ -18,6 +18,7 @@ from jaxrl_suite.moe.variance import unify, vary_like, zeros_like_varying
 from jaxrl_suite.types import Array
 
 Backend = Literal["blocks", "ragged_dot", "tokamax"]
+OUTER_ROWS = 256  # gradients of weights: products over fewer rows spend their time on adding the results
 
 
 class Blocks(NamedTuple):
@@ -154,26 +155,34 @@ def _block_matmul(rows: Array, weights: Array, expert: Array, live: Array, trans
 
 
 def _block_outer(rows: Array, others: Array, expert: Array, live: Array, like: Array) -> Array:
-    num_blocks, width, other_width = expert.shape[0], rows.shape[-1], others.shape[-1]
-    block = rows.shape[0] // num_blocks
+    """Expert by expert: each sum stays in the cache and is written once, in products of up to ``OUTER_ROWS`` rows."""
+    num_experts, width, other_width = like.shape[0], rows.shape[-1], others.shape[-1]
+    block = rows.shape[0] // expert.shape[0]
+    sizes = [1 << power for power in range(4) if power == 0 or block << power <= min(OUTER_ROWS, rows.shape[0])]
     wide = _wide(rows.dtype)
+    rows, others, expert, live = unify(rows, others, expert, live)
+    owned = jnp.sum((expert[:, None] == jnp.arange(num_experts)) & live[:, None], axis=0, dtype=jnp.int32)
+    first = exclusive_cumsum(owned)  # blocks with rows come first, in the order of their experts
 
-    def one(total: Array, item: tuple[Array, Array, Array, Array]) -> tuple[Array, None]:
-        x, y, e, is_live = item
+    def one(_: None, item: tuple[Array, Array]) -> tuple[None, Array]:
+        start, number = item
 
-        def product(x: Array, y: Array) -> Array:
-            return jnp.dot(x.T, y, preferred_element_type=wide)
+        def add(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            done, total = carry
+            which = jnp.sum(number - done >= jnp.array(sizes[1:], jnp.int32), dtype=jnp.int32)
 
-        def nothing(x: Array, y: Array) -> Array:
-            return zeros_like_varying((width, other_width), wide, x, y)
+            def product(size: int) -> Array:
+                begin = (start + done) * block
+                x, y = (jax.lax.dynamic_slice_in_dim(part, begin, size * block) for part in (rows, others))
+                return jnp.dot(x.T, y, preferred_element_type=wide)
 
-        # The sum stays outside of the branch: a branch that took the whole total would copy it.
-        part = jax.lax.cond(is_live, product, nothing, x, y)
-        return total.at[e].add(part), None
+            branches = [functools.partial(product, size) for size in sizes]
+            return done + jnp.left_shift(1, which), total + jax.lax.switch(which, branches)
 
-    start = zeros_like_varying((like.shape[0], width, other_width), wide, rows, others, expert, live)
-    split = (rows.reshape(num_blocks, block, -1), others.reshape(num_blocks, block, -1), expert, live)
-    return jax.lax.scan(one, start, split)[0].astype(rows.dtype)
+        zeros = zeros_like_varying((width, other_width), wide, rows)
+        return None, jax.lax.while_loop(lambda carry: carry[0] < number, add, (number * 0, zeros))[1]
+
+    return jax.lax.scan(one, None, (first, owned))[1].astype(rows.dtype)
 
 
 def _matmul_forward(rows: Array, weights: Array, expert: Array, live: Array, transposed: bool) -> tuple[Array, tuple]:

@@ -17,9 +17,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_suite.lm import route
 from jaxrl_suite.lm.feed_forward import router_logits, shared_expert, swiglu
+from jaxrl_suite.lm.layers import project
 from jaxrl_suite.moe.capacity import expert_capacity, keep_by_capacity, rank_in_expert
 from jaxrl_suite.moe.config import MoEConfig
 from jaxrl_suite.moe.dispatch import DispatchStats, ExpertAxes, Experts, dispatch
+from jaxrl_suite.moe.fp8 import round_rows, round_tiles
 from jaxrl_suite.moe.grouped import Blocks, block_matmul
 from jaxrl_suite.moe.hooks import tensor_parallel
 from jaxrl_suite.moe.variance import axis_index, axis_size, unify, vary_like
@@ -95,7 +97,7 @@ def moe_layer(
         routing.experts,
         routing.weights,
         keep,
-        make_experts(params["experts"], config),
+        make_experts(params["experts"], config, routing.experts.size * axis_size(axes.experts.etp)),
         num_experts=num_experts,
         axes=axes.experts,
         capacity=capacity,
@@ -118,32 +120,59 @@ def make_feed_forward(config: MoEConfig, axes: LayerAxes, mask: Array | None = N
     return feed_forward
 
 
-def make_experts(params: Params, config: MoEConfig) -> Experts:
+def make_experts(params: Params, config: MoEConfig, num_rows: int = 0) -> Experts:
     """The local SwiGLU experts, for rows in uniform groups and for rows in aligned blocks.
 
     Args:
         params: gate and up [E, D, F], down [E, F, D] of this rank; with ETP the outputs are partial sums.
-        config: read for dtypes and block size.
+        config: read for dtypes and block size. With ``expert_precision="float8"`` every product takes float8 operands
+            (rows in blocks of 1 x 128, weights in tiles of 128 x 128 of what this rank holds) and sums in float32; the
+            backward pass sees the rounded operands, cotangents are not rounded.
+        num_rows: rows that these experts get in all if the load is even, for the size of a block.
     """
-    accumulate = config.model.accumulate_dtype
+    accumulate, num_local = config.model.accumulate_dtype, params["gate"].shape[0]
+    float8 = config.expert_precision == "float8"
+    if float8:
+        params = jax.tree.map(round_tiles, params)
+
+    def rounded(rows: Array) -> Array:
+        return round_rows(rows) if float8 else rows
 
     def uniform(x: Array) -> Array:
         # One 2-D product at a time: on a CPU a batched product takes more than twice as long.
         x, weights = unify(x, params)
 
         def one(_: None, item: tuple[Params, Array]) -> tuple[None, Array]:
-            return None, swiglu(item[0], item[1], accumulate=accumulate)
+            expert, rows = item
+            if not float8:
+                return None, swiglu(expert, rows, accumulate=accumulate)
+            gate, up = (project(rounded(rows), expert[name], accumulate=accumulate) for name in ("gate", "up"))
+            return None, project(rounded(jax.nn.silu(gate) * up), expert["down"], accumulate=accumulate)
 
         return jax.lax.scan(one, None, (weights, x))[1]
 
     def blocks(x: Array, layout: Blocks) -> Array:
-        x, layout, weights = unify(x, layout, params)
+        x, layout, weights = unify(rounded(x), layout, params)
         gate = block_matmul(x, weights["gate"].astype(x.dtype), layout.expert, layout.live)
         up = block_matmul(x, weights["up"].astype(x.dtype), layout.expert, layout.live)
-        hidden = checkpoint_name(jax.nn.silu(gate) * up, "moe_act")
+        hidden = checkpoint_name(rounded(jax.nn.silu(gate) * up), "moe_act")
         return block_matmul(hidden, weights["down"].astype(x.dtype), layout.expert, layout.live)
 
-    return Experts(uniform, blocks, config.block_rows)
+    if config.remat == "experts":  # no exchange happens in here, so none can be repeated
+        uniform, blocks = (jax.checkpoint(function, prevent_cse=False) for function in (uniform, blocks))
+    return Experts(uniform, blocks, config.block_rows or even_block(num_rows, num_local))
+
+
+def even_block(num_rows: int, num_experts: int) -> int:
+    """Rows of a block: the power of two below a quarter of an even share, 32 to 128.
+
+    Padding an expert to whole blocks then costs an eighth of its rows at an even load; smaller blocks keep the
+    processor waiting, larger ones gain nothing.
+
+    >>> even_block(8192, 8), even_block(8192, 64), even_block(0, 1)
+    (128, 32, 32)
+    """
+    return min(128, max(32, 1 << max(0, (num_rows // (4 * num_experts)).bit_length() - 1)))
 
 
 def _capacity(

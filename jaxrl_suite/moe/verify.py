@@ -285,7 +285,7 @@ def communication_checks(collectives: list[Collective], config: MoEConfig, foldi
         checks.append(Check("gathers and scatters only over tp, etp, cp", "16", bad == 0, bad, 0))
     expert = [c for c in collectives if c.kind in ("all-reduce", "reduce-scatter") and c.groups == groups("edp")]
     large = _expert_bytes(config, folding)
-    sums = [c for c in expert if c.num_bytes >= large * (1 if c.kind == "all-reduce" else 1 / folding.edp)]
+    sums = [c for c in expert if c.num_bytes >= large]
     if folding.edp > 1 and config.model.num_experts and config.sharding != "fsdp":
         in_loops = sum(bool(c.loops) for c in sums)
         ok = len(sums) >= 1 and in_loops == 0

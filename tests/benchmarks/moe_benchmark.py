@@ -3,11 +3,14 @@
     python tests/benchmarks/moe_benchmark.py step      # small Mixtral, tokens per second, dropping and dropless, torch
     python tests/benchmarks/moe_benchmark.py layer     # cost from 8 to 64 experts at fixed active parameters
 
-Medians of several runs; compile time apart. The torch side needs the ``parity`` extra and is skipped without it.
+Medians of several runs; compile time apart. The torch side needs the ``parity`` extra and is skipped without it; it
+runs in a process of its own, and the steps are taken in turns (in one process the threads of torch slow ours down).
 """
 
 import argparse
+import importlib.util
 import statistics
+import subprocess
 import sys
 import time
 
@@ -45,8 +48,8 @@ def median_seconds(function, repeats):
     return statistics.median(times), first
 
 
-def our_step(options, repeats):
-    """Seconds of one AdamW step."""
+def our_step(options):
+    """A function that takes one AdamW step and returns its metrics."""
     config = moe.MoEConfig(model=MODEL, **options)
     state = moe.init_train_state(jax.random.key(0), config, moe.Folding())
     tokens = jax.random.randint(jax.random.key(1), (BATCH, LENGTH + 1), 0, VOCABULARY)
@@ -54,21 +57,24 @@ def our_step(options, repeats):
     held = [state]
 
     def step():
-        held[0], metrics = moe.train_step(held[0], batch)
-        jax.block_until_ready((held[0], metrics))
+        held[0], metrics = jax.block_until_ready(moe.train_step(held[0], batch))
         return metrics
 
-    seconds, first = median_seconds(step, repeats)
-    return seconds, first, float(step()["dispatch/drop_rate"])
+    return step
 
 
-def torch_step(repeats):
-    """Seconds of one AdamW step of transformers' Mixtral of the same shape, or None without torch."""
-    try:
-        import torch
-        import transformers
-    except ImportError:
-        return None
+def timed(function):
+    """Seconds of one call."""
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def serve_torch_steps():
+    """For every line on the input, one AdamW step of transformers' Mixtral of the same shape; prints its seconds."""
+    import torch
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
         vocab_size=VOCABULARY,
@@ -93,24 +99,55 @@ def torch_step(repeats):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return median_seconds(step, repeats)[0]
+    step()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(timed(step), flush=True)
+
+
+class TorchSteps:
+    """The other side of :func:`serve_torch_steps`."""
+
+    def __init__(self):
+        command = [sys.executable, __file__, "torch"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process.stdout.readline()
+
+    def seconds(self):
+        """Of one step."""
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def close(self):
+        """Ends the process."""
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def compare_steps(repeats):
-    """Prints tokens per second of each."""
-    theirs = torch_step(repeats)
-    rows = [("torch + transformers", theirs, None, None)] if theirs else []
-    for name, options in {
-        "capacity 1.25": {"dispatch": "drop_pad", "capacity_factor": 1.25},
-        "dropless": {"dispatch": "padded"},
-    }.items():
-        seconds, first, dropped = our_step(options, repeats)
-        rows.append((name, seconds, first, dropped))
-    for name, seconds, first, dropped in rows:
-        rate = BATCH * LENGTH / seconds
-        factor = f"{theirs / seconds:.2f}x torch" if theirs else ""
-        extra = "" if first is None else f"first call {first:.1f} s, drop rate {dropped:.3f}"
-        print(f"{name:<22} {seconds:6.3f} s  {rate:8.0f} tokens/s  {factor:<12} {extra}", flush=True)
+    """Prints tokens per second of each, steps taken in turns."""
+    has_torch = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    ours = {
+        "capacity 1.25": our_step({"dispatch": "drop_pad", "capacity_factor": 1.25}),
+        "dropless": our_step({"dispatch": "padded"}),
+    }
+    first = {name: timed(step) for name, step in ours.items()}
+    theirs, seconds = TorchSteps() if has_torch else None, {name: [] for name in (*ours, "torch + transformers")}
+    for _ in range(repeats):
+        for name, step in ours.items():
+            seconds[name].append(timed(step))
+        if theirs:
+            seconds["torch + transformers"].append(theirs.seconds())
+    if theirs:
+        theirs.close()
+    medians = {name: statistics.median(values) for name, values in seconds.items() if values}
+    for name, median in medians.items():
+        torch = medians.get("torch + transformers")
+        factor = f"{torch / median:.2f}x torch" if torch else ""
+        extra = f"first call {first[name]:.1f} s, drop rate {float(ours[name]()['dispatch/drop_rate']):.3f}"
+        row = f"{name:<22} {median:6.3f} s  {BATCH * LENGTH / median:8.0f} tokens/s  {factor:<12}"
+        print(row, extra if name in ours else "", f"({min(seconds[name]):.3f} to {max(seconds[name]):.3f})", flush=True)
 
 
 def layer_seconds(num_experts, dispatch, factor, repeats):
@@ -138,9 +175,12 @@ def compare_layers(repeats):
 def main():
     """Runs one of the two comparisons."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("step", "layer"))
+    parser.add_argument("what", choices=("step", "layer", "torch"))
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
+    if arguments.what == "torch":
+        serve_torch_steps()
+        return
     (compare_steps if arguments.what == "step" else compare_layers)(arguments.repeats)
 
 

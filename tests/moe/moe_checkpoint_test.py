@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,13 @@ from jaxrl_suite.moe.partition import placements
 MODEL = lm.LanguageModelConfig(
     vocab_size=32, width=16, num_layers=2, num_heads=8, num_kv_heads=2, head_dim=4, num_experts=8, expert_width=8
 )
+
+
+@functools.cache
+def params():
+    return jax.jit(lambda: lm.init_params(jax.random.key(0), MODEL))()
+
+
 PAIRS = [
     ("attention=dp8 experts=ep8", "attention=tp2.dp4 experts=etp2.ep2.edp2"),
     ("attention=tp8 experts=etp8", "attention=dp4 experts=ep4 pipeline=2"),
@@ -23,10 +32,11 @@ PAIRS = [
 def test_checkpoints_move_between_foldings(saved, restored, sharding, tmp_path):
     """Property 24: parameters and optimizer state bit for bit, in the layout of the new folding."""
     config = moe.MoEConfig(model=MODEL, sharding=sharding)
-    state = moe.init_train_state(jax.random.key(0), config, moe.Folding.parse(saved))
-    moments = jax.tree.map(lambda leaf: leaf + 1, state.moments)
+    state = moe.state_from_params(params(), config, moe.Folding.parse(saved))
+    moments = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf) + 1, leaf.sharding), state.moments)
     checkpoint.save_checkpoint(tmp_path, 3, state.replace(moments=moments))
-    template = moe.init_train_state(jax.random.key(1), config, moe.Folding.parse(restored))
+    other = jax.tree.map(np.zeros_like, params())
+    template = moe.state_from_params(other, config, moe.Folding.parse(restored))
     found, _ = checkpoint.restore_checkpoint(tmp_path, template)
     pairs = zip(jax.tree.leaves((found.params, found.moments)), jax.tree.leaves((state.params, moments)), strict=True)
     for ours, theirs in pairs:
@@ -37,11 +47,13 @@ def test_checkpoints_move_between_foldings(saved, restored, sharding, tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     folding = moe.Folding.parse("attention=dp2 experts=ep2")
-    state = moe.init_train_state(jax.random.key(0), moe.MoEConfig(model=MODEL), folding)
+    state = moe.state_from_params(params(), moe.MoEConfig(model=MODEL), folding)
     checkpoint.save_checkpoint(tmp_path, 1, state)
-    other = moe.MoEConfig(model=MODEL.replace(num_experts=4))
+    other = MODEL.replace(num_experts=4)
+    shapes = jax.eval_shape(lambda: lm.init_params(jax.random.key(0), other))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     with pytest.raises(ValueError, match=r"router|experts"):
-        checkpoint.restore_checkpoint(tmp_path, moe.init_train_state(jax.random.key(0), other, folding))
+        checkpoint.restore_checkpoint(tmp_path, moe.state_from_params(zeros, moe.MoEConfig(model=other), folding))
 
 
 def test_initial_parameters_do_not_depend_on_the_folding():
@@ -58,7 +70,7 @@ def test_zero1_splits_moments_over_data_ranks():
     """Property 25: bytes of a device are those of the plain layout over DP·CP (dense) or EDP (experts)."""
     folding = moe.Folding.parse("attention=tp2.cp2.dp2 experts=ep2.edp4")
     plain, split = (
-        moe.init_train_state(jax.random.key(0), moe.MoEConfig(model=MODEL, sharding=kind), folding)
+        moe.state_from_params(params(), moe.MoEConfig(model=MODEL, sharding=kind), folding)
         for kind in ("none", "zero1")
     )
     places = placements(moe.MoEConfig(model=MODEL, sharding="zero1"), folding)

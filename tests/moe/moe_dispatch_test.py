@@ -238,6 +238,21 @@ def test_overflow_is_counted_and_the_rest_is_exact():
     assert np.all(np.delete(np.asarray(y), first, axis=0) == 0)
 
 
+def test_a_token_of_nan_stays_alone():
+    """Bad input: NaN logits of one token leave every other token as it was, capacity or not."""
+    x = np.random.default_rng(11).normal(size=(1, T, D)).astype(np.float32)
+    broken = x.copy()
+    broken[0, 5] = np.nan
+    router = np.random.default_rng(12).normal(size=(D, E)).astype(np.float32)
+    params = {"router": router, "experts": random_experts(3)}
+    config = config_for("padded")
+    layer = jax.jit(lambda p, v: moe.moe_layer(p, v, config=config), compiler_options=quick_compile())
+    (whole, _), (y, sums) = layer(params, x), layer(params, broken)
+    others = np.arange(T) != 5
+    assert np.isnan(y[0, 5]).all() and float(sums.counts.sum()) == T * K
+    np.testing.assert_allclose(y[0, others], whole[0, others], rtol=1e-6, atol=1e-6)
+
+
 def test_unknown_mode_is_refused():
     experts, weights = random_routing(0)
     with pytest.raises(ValueError, match="drop_pad, padded"):

@@ -7,6 +7,7 @@ import pytest
 
 from jaxrl_suite import lm, moe
 from jaxrl_suite.moe.policy import policy, to_decode
+from jaxrl_suite.moe.verify import quick_compile
 
 MODEL = lm.LanguageModelConfig(
     family="qwen2_moe",
@@ -32,7 +33,11 @@ CONFIG = moe.MoEConfig(model=MODEL, block_rows=8)
 
 @functools.cache
 def params():
-    return lm.init_params(jax.random.key(0), MODEL)
+    return jax.jit(lambda: lm.init_params(jax.random.key(0), MODEL), compiler_options=quick_compile())()
+
+
+def quick(function):
+    return jax.jit(function, compiler_options=quick_compile())
 
 
 @pytest.mark.parametrize(
@@ -42,8 +47,8 @@ def test_log_probs_equal_one_device(text):
     """Packed rows of any number and length, raw softmax, gated shared expert, fewer key heads than tensor ranks."""
     tokens = jax.random.randint(jax.random.key(1), (3, 13), 0, 32)
     segments = jnp.array([[1] * 13, [1] * 6 + [2] * 7, [0] * 3 + [1] * 8 + [0] * 2])
-    ours = policy(CONFIG, moe.Folding.parse(text)).log_probs(params(), tokens, segments)
-    theirs = lm.policy(lm.LanguageModel(MODEL)).log_probs(params(), tokens, segments)
+    ours = quick(policy(CONFIG, moe.Folding.parse(text)).log_probs)(params(), tokens, segments)
+    theirs = quick(lm.policy(lm.LanguageModel(MODEL)).log_probs)(params(), tokens, segments)
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
@@ -68,7 +73,7 @@ def test_gradients_of_log_probs_equal_one_device():
     one = lm.policy(lm.LanguageModel(MODEL)).log_probs
     many = policy(CONFIG, folding).log_probs
     ours, theirs = (
-        jax.jit(jax.grad(lambda p, f=f: jnp.sum(weights * f(p, tokens, None))))(params()) for f in (many, one)
+        quick(jax.grad(lambda p, f=f: jnp.sum(weights * f(p, tokens, None))))(params()) for f in (many, one)
     )
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()

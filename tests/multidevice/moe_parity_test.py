@@ -13,6 +13,7 @@ from jaxrl_suite.moe.verify import (
     communication_checks,
     compile_gradients,
     make_problem,
+    quick_compile,
     relative_errors,
     shrink,
 )
@@ -73,13 +74,18 @@ def test_ten_steps_with_bias_and_losses():
     model = base_config().model.replace(router_bias=True, num_layers=2)
     config = base_config().replace(model=model, balance="global")
     hparams = moe.HParams(learning_rate=1e-3, balance_coef=0.05, z_coef=1e-3, bias_rate=1e-3, weight_decay=0.1)
+    start = jax.jit(lambda k: lm.init_params(k, model), compiler_options=quick_compile())(jax.random.key(3))
+
+    @jax.jit
+    def draw(step):
+        return moe.language_batch(jax.random.randint(jax.random.key(step), (4, 17), 0, model.vocab_size))
+
     curves, finals = [], []
     for text in ("attention=dp1 experts=ep1", "attention=tp2.cp2.dp2 experts=ep4.edp2"):
-        state = moe.init_train_state(jax.random.key(3), config, moe.Folding.parse(text))
-        rows = []
+        state, rows = moe.state_from_params(start, config, moe.Folding.parse(text)), []
+        advance = jax.jit(lambda s, b: moe.train_step(s, b, hparams=hparams), compiler_options=quick_compile())
         for step in range(10):
-            tokens = jax.random.randint(jax.random.key(step), (4, 17), 0, model.vocab_size)
-            state, metrics = moe.train_step(state, moe.language_batch(tokens), hparams=hparams)
+            state, metrics = advance(state, draw(step))
             rows.append([metrics["loss/nats"], metrics["loss/balance"], metrics["loss/z"], metrics["gradient/norm"]])
         curves.append(np.array(rows))
         finals.append(state.params["layers"]["feed_forward"]["router_bias"])

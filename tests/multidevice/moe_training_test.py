@@ -1,0 +1,101 @@
+"""Recomputation policies, bfloat16 gradients and long training on foldings."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_suite import lm, moe
+from jaxrl_suite.moe.verify import quick_compile, relative_errors
+
+MODEL = lm.LanguageModelConfig(
+    vocab_size=32,
+    width=16,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=4,
+    num_experts=4,
+    expert_width=16,
+    init_std=0.3,
+)
+
+
+@functools.cache
+def params():
+    return jax.jit(lambda: lm.init_params(jax.random.key(0), MODEL), compiler_options=quick_compile())()
+
+
+def compiled_gradients(text, batch, **options):
+    """The compiled gradient program of a folding and its arguments."""
+    folding, config = moe.Folding.parse(text), moe.MoEConfig(model=MODEL, block_rows=16).replace(**options)
+    state = moe.state_from_params(params(), config, folding)
+    function = jax.jit(moe.loss_and_gradients, static_argnames=("config", "folding"))
+    lowered = function.lower(state.params, batch, config=config, folding=folding)
+    return lowered.compile(quick_compile()), state.params
+
+
+def test_recomputation_saves_memory_and_repeats_no_exchange_unasked():
+    """Property 29: values do not change, temporary memory falls, and all-to-all only doubles where it is asked for."""
+    batch = moe.language_batch(jax.random.randint(jax.random.key(1), (4, 65), 0, 32))
+    options = {"dispatch": "drop_pad", "capacity_factor": 2.0}
+    exchanges, memory, values = {}, {}, {}
+    for policy in ("none", "experts", "full", "full_with_dispatch"):
+        compiled, placed = compiled_gradients("attention=dp2 experts=ep2", batch, remat=policy, **options)
+        exchanges[policy] = sum(item.kind == "all-to-all" for item in moe.audit(compiled))
+        memory[policy] = compiled.memory_analysis().temp_size_in_bytes
+        values[policy] = compiled(placed, batch)[0]
+    assert exchanges == {"none": 4, "experts": 4, "full": 4, "full_with_dispatch": exchanges["full_with_dispatch"]}
+    assert exchanges["full_with_dispatch"] > 4
+    assert memory["none"] > memory["experts"] > memory["full"] >= memory["full_with_dispatch"], memory
+    for policy in ("experts", "full", "full_with_dispatch"):
+        assert max(relative_errors(values[policy], values["none"]).values()) <= 1e-5
+
+
+def test_bfloat16_gradients_of_a_folding():
+    """bfloat16 compute, float32 weights and gradients: as far from float32 as on one device, and not equal to it."""
+    batch = moe.language_batch(jax.random.randint(jax.random.key(1), (4, 9), 0, 32))
+    narrow = MODEL.replace(compute_dtype="bfloat16")
+    gradients = {}
+    for name, text, model in (
+        ("folded", "attention=tp2.dp2 experts=ep4", narrow),
+        ("one", "attention=dp1", narrow),
+        ("exact", "attention=dp1", MODEL),
+    ):
+        compiled, placed = compiled_gradients(text, batch, model=model)
+        gradients[name] = lm.flatten(compiled(placed, batch)[0])
+
+    def distance(a, b):
+        pairs = [(np.asarray(gradients[a][path]), np.asarray(gradients[b][path])) for path in gradients[a]]
+        assert all(x.dtype == y.dtype == np.float32 for x, y in pairs)
+        return float(np.sqrt(sum(((x - y) ** 2).sum() for x, y in pairs) / sum((y**2).sum() for _, y in pairs)))
+
+    assert 1e-4 < distance("one", "exact") < 0.2
+    assert distance("folded", "exact") < 1.3 * distance("one", "exact")
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_on_a_synthetic_mixture():
+    """Property 31: a small model learns a mixture of two cyclic languages; folded and unfolded losses coincide.
+
+    ``python -m pytest -m slow tests/multidevice/moe_training_test.py``
+    """
+    model, curves = MODEL.replace(num_layers=2), []
+    config = moe.MoEConfig(model=model, block_rows=16, balance="global")
+    hparams = moe.HParams(learning_rate=3e-3, balance_coef=0.01)
+
+    def tokens(step):
+        kind, start = jax.random.randint(jax.random.fold_in(jax.random.key(5), step), (2, 8, 1), 0, 16)
+        place = jnp.arange(17)
+        return jnp.where(kind % 2 == 0, (start + place) % 16, 16 + (start + 3 * place) % 16)
+
+    for text in ("attention=dp1 experts=ep1", "attention=tp2.dp2 experts=ep4"):
+        state, losses = moe.init_train_state(jax.random.key(3), config, moe.Folding.parse(text)), []
+        for step in range(200):
+            state, metrics = moe.train_step(state, moe.language_batch(tokens(step)), hparams=hparams)
+            losses.append(float(metrics["loss/nats"]))
+        curves.append(np.array(losses))
+    assert curves[0][-1] < 0.5 < 3 < curves[0][0]
+    assert np.abs(curves[1] / curves[0] - 1).max() <= 1e-4
