@@ -18,6 +18,7 @@ from typing import Any
 from experiments.cluster.models import PAPER_NAMES
 from experiments.cluster.paper_tables import METHODS, Row, table_3, table_4, table_5
 from experiments.cluster.plan_report import print_table
+from experiments.cluster.topology import topology_devices
 from jaxrl_suite.moe.cost_roofline import mfu_bound, roofline, sent_in_all
 from jaxrl_suite.moe.cost_traffic import Link
 from jaxrl_suite.moe.hardware import Hardware, named_hardware
@@ -58,8 +59,8 @@ def compile_arguments(row: Row, remat: str) -> list[str]:
 
 
 def compile_rows(rows: Iterable[Row], path: Path, *, remat: str, timeout: float) -> None:
-    """Compiles what the file does not hold yet and appends it, a line a row, failures included."""
-    done = {line["name"] for line in read_lines(path)}
+    """Compiles what the file does not hold yet (or holds as a failure) and appends it, a line a row."""
+    done = {line["name"] for line in read_lines(path) if "error" not in line}
     for row in rows:
         name = name_of(row, remat)
         if name in done:
@@ -87,10 +88,11 @@ def _compiled(row: Row, remat: str, timeout: float) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of the file; a last line that was cut off by a kill is left out."""
+    """The last line of each row; one that was cut off by a kill is left out."""
     if not path.is_file():
         return []
-    return list(_whole_lines(path.read_text(encoding="utf-8").splitlines()))
+    lines = _whole_lines(path.read_text(encoding="utf-8").splitlines())
+    return list({line["name"]: line for line in lines}.values())
 
 
 def _whole_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -152,6 +154,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [row for row in ordered_rows() if row.model in (options.model or PAPER_NAMES)]
     rows = [row for row in rows if row.num_devices <= options.max_gpus][: options.first]
     if not options.report:
+        try:
+            topology_devices("cuda", "1x1x8")
+        except (ValueError, ImportError) as error:
+            print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+            return 2
         compile_rows(rows, options.out, remat=options.remat, timeout=options.timeout)
     lines = [line for line in read_lines(options.out) if line["model"] in (options.model or PAPER_NAMES)]
     if not lines:

@@ -240,6 +240,7 @@ def test_table_of_compiled_rows_resumes(tmp_path, monkeypatch, capsys):
         }
 
     monkeypatch.setattr(compile_table, "_compiled", fake)
+    monkeypatch.setattr(compile_table, "topology_devices", lambda *_: [])
     path, figure = tmp_path / "compiled.jsonl", tmp_path / "compiled.png"
     assert compile_table.main([f"--out={path}", "--first=3"]) == 0
     with path.open("a") as file:
@@ -247,8 +248,9 @@ def test_table_of_compiled_rows_resumes(tmp_path, monkeypatch, capsys):
     path.write_text(path.read_text() + "\n")
     assert compile_table.main([f"--out={path}", "--first=4", f"--figure={figure}"]) == 0
     text = capsys.readouterr().out
-    assert started == rows[:4] and "no, 10.0 over" in text and "not compiled in 1 s" in text
+    assert started == [*rows[:3], rows[1], rows[3]] and "no, 10.0 over" in text and "not compiled in 1 s" in text
     assert "4.0 -> 0.6 (no more)" in text and "1.053" in text and figure.stat().st_size > 1000
+    assert len(compile_table.read_lines(path)) == 4
     assert compile_table.main([f"--out={tmp_path / 'none.jsonl'}", "--report"]) == 2
 
 
