@@ -41,7 +41,7 @@ class ShardedAlignmentConfig(Config):
     group_size: int = field(8, help="completions a sum")
     max_tokens: int = field(24, help="longest completion of a pretrained model, in tokens")
     learning_rate: float = field(3e-4, help="of Adam")
-    rate: float = field(1.0, help="exponent scale of the influence weights")
+    rate: float = field(0.3, help="exponent scale of the influence weights")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,12 +198,12 @@ def figures(result: Result) -> Mapping[str, "Figure"]:
         for index, name in enumerate(sharded_policy.OBJECTIVES):
             style = plots.series_style(index)
             axes.plot(steps, arrays[f"one/{kind}/{name}"], color=style["color"], linewidth=6, alpha=0.3)
-            shown = f"{name}: thin is folded, thick is one device" if kind == "reward" and index == 0 else name
             axes.plot(
-                steps, arrays[f"folded/{kind}/{name}"], label=shown, **{**style, "linewidth": 1.2, "markevery": every}
+                steps, arrays[f"folded/{kind}/{name}"], label=name, **{**style, "linewidth": 1.2, "markevery": every}
             )
         axes.set(xlabel="rollout", ylabel=label)
-        axes.legend(fontsize=8)
+        axes.set_title("thick: one device, thin: folded over eight", fontsize=11)
+        axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
     for index, name in enumerate(("weights", "entropy", "gradient norm", "loss")):
         style = {**plots.series_style(3 + index), "linewidth": 1.2, "markevery": every}
         unit = " (relative)" if "norm" in name else ""
@@ -213,7 +213,7 @@ def figures(result: Result) -> Mapping[str, "Figure"]:
     panels[2].set(yscale="log", xlabel="rollout", ylabel="|folded - one device| (1e-9 stands for none)")
     equal = int(arrays["same"].sum())
     panels[2].set_title(f"the same tokens in {equal} of {len(steps)} rollouts", fontsize=11)
-    panels[2].legend(fontsize=8)
+    panels[2].legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, frameon=False)
     return {"sharded_alignment": figure}
 
 
