@@ -123,7 +123,7 @@ def _experts(params: Params, x: Array, routing: Routing, accumulate: str) -> Arr
         return carry, swiglu(expert, block_rows, accumulate=accumulate)
 
     _, outputs = jax.lax.scan(step, vary_like(jnp.zeros((), x.dtype), rows, *jax.tree.leaves(params)), (owners, rows))
-    weights = jnp.concatenate([routing.weights.reshape(-1).astype(x.dtype), jnp.zeros((1,), x.dtype)])
+    weights = jnp.pad(routing.weights.reshape(-1).astype(x.dtype), (0, 1))
     outputs = outputs.reshape(-1, x.shape[-1]) * weights[jnp.minimum(slots, num_tokens * k)][:, None]
     return jnp.zeros_like(padded).at[copies].add(outputs)[:num_tokens]
 
