@@ -190,6 +190,10 @@ def print_report(lines: Sequence[dict[str, Any]]) -> None:
     hardware = named_hardware("h100")
     lines = ordered_lines(lines)
     print_table([table_cells(line, hardware) for line in lines], _COLUMNS)
+    print(
+        "\nMFU <= holds for this program at peak rates: recomputation, idle ticks, attention in blocks whose scores "
+        "pass through device memory. What the paper measured comes from other kernels."
+    )
     print("\nBytes of one device in a step. Folded beside unfolded (InfiniBand GB, GB of memory):")
     for plain, folded in pairs(lines):
         before, after = moved(plain), moved(folded)
