@@ -59,8 +59,13 @@ def test_generation_equals_one_device():
     sampling = lm.Sampling(max_tokens=5)
     ids = jnp.arange(2)
     layout = to_decode(params(), CONFIG, folding)
-    ours = policy(CONFIG, folding).generate(jax.random.key(2), layout, prompts, mask, ids, sampling)
-    theirs = lm.policy(lm.LanguageModel(MODEL)).generate(jax.random.key(2), params(), prompts, mask, ids, sampling)
+    ours, theirs = (
+        quick(lambda p, f=f: f(jax.random.key(2), p, prompts, mask, ids, sampling))(p)
+        for f, p in (
+            (policy(CONFIG, folding).generate, layout),
+            (lm.policy(lm.LanguageModel(MODEL)).generate, params()),
+        )
+    )
     np.testing.assert_array_equal(ours.tokens, theirs.tokens)
     np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=2e-5)
 

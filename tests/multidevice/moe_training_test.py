@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from jaxrl_suite import lm, moe
+from jaxrl_suite.moe.model import rematerialised
+from jaxrl_suite.moe.variance import vary
 from jaxrl_suite.moe.verify import quick_compile, relative_errors
 
 MODEL = lm.LanguageModelConfig(
@@ -37,16 +39,39 @@ def compiled_gradients(text, batch, **options):
     return lowered.compile(quick_compile()), state.params
 
 
+def compiled_stack(policy):
+    """Gradients of four residual sparse layers on two ranks under a policy of recomputation, and their arguments."""
+    folding = moe.Folding.parse("attention=dp2 experts=ep2")
+    config = moe.MoEConfig(model=MODEL, remat=policy, dispatch="drop_pad", capacity_factor=2.0)
+    axes = moe.LayerAxes(moe.ExpertAxes(folding.roles["ep"]))
+    generator = np.random.default_rng(0)
+    shapes = {"router": (16, 4), "gate": (4, 16, 16), "up": (4, 16, 16), "down": (4, 16, 16)}
+    layers = {name: generator.normal(size=(4, *shape)).astype(np.float32) * 0.2 for name, shape in shapes.items()}
+    x = generator.normal(size=(4, 64, 16)).astype(np.float32)
+
+    def layer(x, params):
+        own = {"router": params["router"], "experts": {name: params[name] for name in ("gate", "up", "down")}}
+        return x + moe.moe_layer(own, x, config=config, axes=axes)[0], None
+
+    def local(layers, x):
+        layers = vary(layers, folding.atoms.names)
+        y = jax.lax.scan(rematerialised(layer, policy), x, layers)[0]
+        return jax.lax.psum(jnp.sum(jnp.sin(y)), folding.atoms.names)
+
+    split, tokens = folding.spec(None, "ep"), folding.spec("dp")
+    specs = {name: folding.spec() if name == "router" else split for name in layers}
+    mapped = jax.shard_map(local, mesh=folding.mesh(), in_specs=(specs, tokens), out_specs=folding.spec())
+    return jax.jit(jax.grad(mapped)).lower(layers, x).compile(quick_compile()), layers, x
+
+
 def test_recomputation_saves_memory_and_repeats_no_exchange_unasked():
     """Property 29: values do not change, temporary memory falls, and all-to-all only doubles where it is asked for."""
-    batch = moe.language_batch(jax.random.randint(jax.random.key(1), (4, 65), 0, 32))
-    options = {"dispatch": "drop_pad", "capacity_factor": 2.0}
     exchanges, memory, values = {}, {}, {}
     for policy in ("none", "experts", "full", "full_with_dispatch"):
-        compiled, placed = compiled_gradients("attention=dp2 experts=ep2", batch, remat=policy, **options)
+        compiled, *arguments = compiled_stack(policy)
         exchanges[policy] = sum(item.kind == "all-to-all" for item in moe.audit(compiled))
         memory[policy] = compiled.memory_analysis().temp_size_in_bytes
-        values[policy] = compiled(placed, batch)[0]
+        values[policy] = compiled(*arguments)
     assert exchanges == {"none": 4, "experts": 4, "full": 4, "full_with_dispatch": exchanges["full_with_dispatch"]}
     assert exchanges["full_with_dispatch"] > 4
     assert memory["none"] > memory["experts"] > memory["full"] >= memory["full_with_dispatch"], memory
@@ -54,8 +79,12 @@ def test_recomputation_saves_memory_and_repeats_no_exchange_unasked():
         assert max(relative_errors(values[policy], values["none"]).values()) <= 1e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_of_a_folding():
-    """bfloat16 compute, float32 weights and gradients: as far from float32 as on one device, and not equal to it."""
+    """bfloat16 compute, float32 weights and gradients: as far from float32 as on one device, and not equal to it.
+
+    ``python -m pytest -m slow tests/multidevice/moe_training_test.py``; that sums are in float32 is tested by default.
+    """
     batch = moe.language_batch(jax.random.randint(jax.random.key(1), (4, 9), 0, 32))
     narrow = MODEL.replace(compute_dtype="bfloat16")
     gradients = {}
