@@ -48,7 +48,8 @@ def confirm(
 ) -> Iterator[Confirmed]:
     """Compiles candidates, fastest first, until ``wanted`` of them fit, at most three times as many.
 
-    A candidate that does not fit comes back with more recomputed, at the place that its new time earns it.
+    A candidate that does not fit comes back with more recomputed, at the place that its new time earns it, and by how
+    much its plan was short is taken for every plan of that policy: what would then not fit is not compiled.
 
     Args:
         model: shapes.
@@ -65,16 +66,22 @@ def confirm(
     order = itertools.count()
     queue = [(float(c.seconds.total), next(order), c) for c in ranked]
     heapq.heapify(queue)
-    confirmed = 0
-    for _ in range(TRIES * wanted):
-        if not queue or confirmed == wanted:
-            return
+    excess: dict[str, float] = {}  # compiled over planned memory by policy, the largest of what did not fit
+    confirmed = compiled = 0
+    while queue and confirmed < wanted and compiled < TRIES * wanted:
         candidate = heapq.heappop(queue)[2]
-        size, seconds = compile_candidate(candidate)
-        fits = size <= hardware.memory_bytes
-        confirmed += fits
-        yield Confirmed(candidate, size, seconds, fits)
-        level = None if fits else _next_level(candidate.workload.recompute)
+        policy, planned = REMAT[candidate.workload.recompute], candidate.memory.total
+        hopeless = planned * excess.get(policy, 1.0) > hardware.memory_bytes
+        if not hopeless:
+            size, seconds = compile_candidate(candidate)
+            compiled += 1
+            fits = size <= hardware.memory_bytes
+            confirmed += fits
+            yield Confirmed(candidate, size, seconds, fits)
+            if fits:
+                continue
+            excess[policy] = max(excess.get(policy, 1.0), size / planned)
+        level = _next_level(candidate.workload.recompute)
         if level:
             step = candidate.workload.replace(recompute=level)
             again = predict(model, candidate.folding, step, hardware=hardware, constants=constants)

@@ -326,7 +326,7 @@ def test_flops_of_products_by_hand():
     either = lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x, lambda: x)  # noqa: E731
     assert count_flops(either, square).total == 2 * 4**3
     forever = count_flops(lambda x: jax.lax.while_loop(lambda y: y[0, 0] < 9, lambda y: y @ y, x), square)
-    assert forever == (2 * 4**3, 1)
+    assert forever[:2] == (2 * 4**3, 1)
 
 
 def test_flops_of_the_train_step_are_those_of_the_model():
