@@ -32,23 +32,35 @@ def played(sender, receiver=None, observed="actions"):
     return learned_game.play(key, truth, messages, sender, receiver, num_messages=MESSAGES, observed=observed)
 
 
-def test_true_model_gives_identical_play():
-    """Learned = true: trajectories, rewards and answers are those of the library's game on the true world."""
+def test_true_model_gives_the_librarys_play():
+    """Learned = true: states, rewards and answers follow step by step from the library's code and Bayes' rule."""
     _, truth, exact, _, messages = setting()
     ours = played(exact)
 
-    def move(key, state, action):
-        return next_state(key, truth, state, action)
+    @jax.jit
+    def step(time, beliefs, states, actions):
+        given = jax.vmap(lambda belief, state: games.step_code(belief, exact.policy[state], None).given)(
+            beliefs, states
+        )
+        after = jax.vmap(lambda belief, law, action: games.update_belief(belief, law[:, action]))(
+            beliefs, given, actions
+        )
+        keys = jax.vmap(lambda e: jax.random.fold_in(jax.random.fold_in(jax.random.key(3), e), time))(episodes)
+        moves = jax.vmap(lambda key: jax.random.split(key)[1])(keys)
+        moved = jax.vmap(lambda key, state, action: next_state(key, truth, state, action))(moves, states, actions)
+        return after, moved, given[episodes, messages, actions]
 
-    game = games.CodingGame(exact.policy, move, truth.entry_reward, truth.terminal, truth.start)
-    rate = jnp.log2(jnp.float32(MESSAGES))
-    theirs = games.play(jax.random.key(3), game, messages, rate, num_messages=MESSAGES, horizon=STEPS)
-    np.testing.assert_array_equal(ours.lengths, theirs.trajectories.lengths)
-    for row, length in enumerate(np.asarray(ours.lengths)):
-        np.testing.assert_array_equal(ours.actions[row, :length], theirs.trajectories.actions[row, :length])
-        np.testing.assert_array_equal(ours.states[row, : length + 1], theirs.trajectories.states[row, : length + 1])
-    np.testing.assert_array_equal(ours.decoded, theirs.decoded)
-    np.testing.assert_allclose(ours.rewards, theirs.rewards, atol=1e-6)
+    episodes = jnp.arange(EPISODES, dtype=jnp.int32)
+    beliefs, rewards = jnp.full((EPISODES, MESSAGES), 1 / MESSAGES), jnp.zeros(EPISODES)
+    for time in range(STEPS):
+        alive = time < ours.lengths
+        after, moved, chance = step(jnp.int32(time), beliefs, ours.states[:, time], ours.actions[:, time])
+        assert np.all(np.asarray(chance)[np.asarray(alive)] > 0)  # the sender does only what its message allows
+        np.testing.assert_array_equal(np.where(alive, moved, ours.states[:, time]), ours.states[:, time + 1])
+        beliefs = jnp.where(alive[:, None], after, beliefs)
+        rewards = rewards + jnp.where(alive, truth.entry_reward[moved], 0)
+    np.testing.assert_array_equal(ours.decoded, jnp.argmax(beliefs, axis=1))
+    np.testing.assert_allclose(ours.rewards, rewards, atol=1e-6)
 
 
 def test_a_receiver_with_the_same_model_answers_the_same():
