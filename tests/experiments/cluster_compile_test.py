@@ -175,9 +175,14 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    "name", [next(iter(STEPS)), *(pytest.param(n, marks=pytest.mark.slow) for n in list(STEPS)[1:])]
+)
 def test_flops_are_explained(name):
-    """Compiled FLOPs at most 1.10 of the model's and what is declared besides; only traced, nothing is compiled."""
+    """Compiled FLOPs at most 1.10 of the model's and what is declared besides; only traced, nothing is compiled.
+
+    One case by default, the others with python -m pytest -m slow tests/experiments/cluster_compile_test.py.
+    """
     text, options = STEPS[name]
     folding = Folding.parse(text, 8)
     model = shrunk(MODELS["qwen2-57b-a14b"], folding).replace(num_experts=8, experts_per_token=2, expert_width=512)
