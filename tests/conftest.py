@@ -3,6 +3,9 @@ import os
 import tempfile
 from pathlib import Path
 
+# Tests compile much and run little: JAX's own switch for that takes a fifth of the time off. The tour's studies and the
+# contracts in float64 (.ci/run) are compiled as users' programs are.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Before JAX starts: eight virtual CPU devices for the multi-device tests, and one persistent compilation cache for all
 # workers and later runs. Not on jax 0.12, which was seen to abort while it wrote a folded program into it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -37,9 +37,6 @@ KNOWN_FAULTS = {
     ("cuda", "reward_free.explore, plan, certificate"): (
         "XLA of jaxlib 0.10.2 finds no tiles for a product; XLA_FLAGS=--xla_gpu_enable_triton_gemm=false helps"
     ),
-    ("cuda", "lm.supervised_loss[sparse] gradient"): (
-        "XLA of jaxlib 0.10.2 fuses the concatenation of routing weights with a zero into a kernel that it then rejects"
-    ),
 }
 
 

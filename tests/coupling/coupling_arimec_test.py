@@ -21,9 +21,6 @@ from jaxrl_suite.coupling.prefix_tree import (
 )
 from jaxrl_suite.types import SequenceLaw
 
-# Much is compiled here and little computed: without optimisation it takes half of the time.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 LENGTH, SYMBOLS, TOKENS, TEXT = 3, 3, 3, 3  # messages of 27, texts of 27
 
 
@@ -61,7 +58,7 @@ def prior(table):
     return probs[3, EVERY[:, 0]] * probs[EVERY[:, 0], EVERY[:, 1]] * probs[EVERY[:, 1], EVERY[:, 2]]
 
 
-@functools.partial(jit, static_argnames="merge")
+@functools.partial(jax.jit, static_argnames="merge")
 def joint_law(message_table, text_table, merge):
     """p(text | message), and the receiver's p(message | text), for every text and message: [27, 27] each."""
 
@@ -115,7 +112,7 @@ def test_depth_one_is_fimec():
     belief = jax.nn.softmax(message_table[3])
     tree = prefix_tree(LAW, message_table, PROMPT, length=1, capacity=2)
 
-    @jit
+    @jax.jit
     def both(key, value):
         symbol, after, likelihood = arimec_symbol(
             key, tree, value[None], counts, 0, False, law=LAW, params=message_table, merge=False
@@ -132,12 +129,12 @@ def test_depth_one_is_fimec():
             np.testing.assert_allclose(ours[2], theirs.likelihood, atol=2e-6)
 
 
-@jit
+@jax.jit
 def message_masses(tree, message_table):
     return jax.vmap(lambda message: read_message(tree, LAW, message_table, message).mass)(jnp.asarray(EVERY))
 
 
-@jit
+@jax.jit
 def search(tree, message_table):
     tree, node = best_node(tree, LAW, message_table)
     partitions = jax.vmap(lambda message: partition_at(tree, node, message))(jnp.asarray(EVERY))
@@ -159,7 +156,7 @@ def brute_force(tree, message_table):
 def test_search_finds_the_best_partition():
     """The search agrees with all partitions; conditioning multiplies the masses of messages; masses stay consistent."""
     message_table, _ = tables(7)
-    condition = jit(condition_tree)
+    condition = jax.jit(condition_tree)
     tree = prefix_tree(LAW, message_table, PROMPT, length=LENGTH, capacity=16)
     rng = np.random.default_rng(0)
     for _ in range(4):

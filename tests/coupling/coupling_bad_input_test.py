@@ -5,8 +5,6 @@ messages longer than their cover (low certainty inside jit, an error for files) 
 `coupling_hiding_test.py`; a pool that overflows in `coupling_arimec_test.py`.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,9 +31,6 @@ from jaxrl_suite.coupling import (
 from jaxrl_suite.coupling.factored_games import play_factored
 from jaxrl_suite.coupling.games import CodingGame, enumerate_game, play
 from jaxrl_suite.coupling.iterative import fimec_text
-
-# Much is compiled here and little computed: without optimisation it takes half of the time.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 GOOD = (0.5, 0.3, 0.2)
 BAD = {
@@ -92,7 +87,7 @@ def assert_flagged(values):
 @pytest.mark.parametrize("name", LAWS)
 def test_a_marginal_that_is_no_law(name):
     function, outputs = LAWS[name]
-    compiled = jit(lambda p: outputs(function(p)))
+    compiled = jax.jit(lambda p: outputs(function(p)))
     for message, law in BAD.items():
         with pytest.raises(ValueError, match=message):
             function(jnp.array(law))
@@ -124,7 +119,7 @@ EMPTY = {
 @pytest.mark.parametrize("name", EMPTY)
 def test_an_empty_marginal(name):
     """An error inside jit as well: the shape is known there."""
-    for call in (EMPTY[name], jit(EMPTY[name])):
+    for call in (EMPTY[name], jax.jit(EMPTY[name])):
         with pytest.raises(ValueError, match="at least one symbol"):
             call(jnp.zeros((0,)))
 
@@ -141,7 +136,7 @@ RATES = {
 
 @pytest.mark.parametrize("name", RATES)
 def test_a_rate_below_zero(name):
-    compiled = jit(lambda rate: RATES[name](jnp.array(GOOD), rate).information)
+    compiled = jax.jit(lambda rate: RATES[name](jnp.array(GOOD), rate).information)
     for rate in (-0.5, float("nan")):
         with pytest.raises(ValueError, match="rate"):
             RATES[name](jnp.array(GOOD), rate)
@@ -153,7 +148,7 @@ def test_counts_of_unequal_totals():
     for function in (greedy_coupling, lambda p, q: greedy_coupling_multi(jnp.stack([p, q]))):
         with pytest.raises(ValueError, match="equal totals"):
             function(first, second)
-        coupling = jit(function)(first, second)
+        coupling = jax.jit(function)(first, second)
         assert not bool(coupling.valid)
         assert_flagged((coupling.weights, coupling.entropy))
 

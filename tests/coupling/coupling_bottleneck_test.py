@@ -1,16 +1,11 @@
 """The bottleneck: laws of the chain, special cases, order of the searches."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
 
 from jaxrl_suite.coupling import greedy_coupling, mecb
 from jaxrl_suite.distributions import entropy, mutual_information
-
-# Much is compiled here and little computed: without optimisation it takes half of the time.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 _SEARCHES = ("paper", "decoder_aware", "exact")
 
@@ -26,7 +21,7 @@ def solved():
     rates[:2] = [0.0, 9.0]
     found = {}
     for search in _SEARCHES:
-        solve = jit(jax.vmap(lambda x, y, r, s=search: mecb(x, y, r, search=s)))
+        solve = jax.jit(jax.vmap(lambda x, y, r, s=search: mecb(x, y, r, search=s)))
         found[search] = solve(p_x, p_y, rates)
     joints = {s: jax.vmap(lambda b, x: b.joint(x))(found[s], p_x) for s in _SEARCHES}
     yield p_x, p_y, rates, found, {s: np.asarray(j) for s, j in joints.items()}

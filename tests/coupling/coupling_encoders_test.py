@@ -1,7 +1,5 @@
 """Stochastic refinement, exact search, quantisers."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +9,6 @@ from jaxrl_suite.coupling import ebim_exact, ebim_greedy, ebim_refine, partition
 from jaxrl_suite.distributions import mutual_information
 from tests.reference import coupling_ebim as oracle
 from tests.reference.coupling_greedy import entropy
-
-# Much is compiled here and little computed: without optimisation it takes half of the time.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def test_partitions():
@@ -30,7 +25,7 @@ def test_exact_search(x64):
     p = rng.dirichlet(np.ones(6), size=8)
     rates = np.array([0.5, 1.2, 2.0])
     every = jax.vmap(jax.vmap(ebim_exact, in_axes=(None, 0)), in_axes=(0, None))
-    exact = np.asarray(jit(every)(p, rates).information)
+    exact = np.asarray(jax.jit(every)(p, rates).information)
     for row, law in enumerate(p):
         values = oracle.partition_entropies(law)
         np.testing.assert_allclose(exact[row], [values[values <= r + 1e-12].max() for r in rates], atol=1e-12)
@@ -41,7 +36,7 @@ def test_exact_search(x64):
 def test_envelope_of_the_worked_example(x64):
     """Property 15: the seven values of brute force at [0.7, 0.2, 0.1], and I = R at the five partitions."""
     p, bases = jnp.array([0.7, 0.2, 0.1]), jnp.asarray(partitions(3))
-    refine = jit(jax.vmap(lambda rate: ebim_refine(p, rate, bases)))
+    refine = jax.jit(jax.vmap(lambda rate: ebim_refine(p, rate, bases)))
     rates = jnp.array([0.2, 0.4, 0.6, 0.7, 0.8, 0.95, 1.05])
     expected = [0.11054, 0.32659, 0.51051, 0.63977, 0.75284, 0.89958, 0.95733]
     np.testing.assert_allclose(refine(rates).information, expected, atol=1e-5)
@@ -56,7 +51,7 @@ def test_curves_are_what_their_joints_say(x64):
     p = np.concatenate([rng.dirichlet(np.ones(6), size=6), np.array([[0.5, 0, 0.3, 0, 0.2, 0]])])
     rates = np.linspace(0.0, 2.6, 27)
     refine = jax.vmap(jax.vmap(ebim_refine, in_axes=(None, 0)), in_axes=(0, None))
-    refined = jit(refine)(p, rates)
+    refined = jax.jit(refine)(p, rates)
     joints = jax.vmap(lambda law, row: jax.vmap(lambda encoder: encoder.joint(law))(row))(p, refined)
     assert float(joints.min()) >= -1e-12
     np.testing.assert_allclose(joints.sum(-1), np.broadcast_to(p[:, None], joints.shape[:-1]), atol=1e-12)
@@ -65,7 +60,7 @@ def test_curves_are_what_their_joints_say(x64):
     codes = np.asarray(joints.sum(2))
     np.testing.assert_allclose([[entropy(c) for c in row] for row in codes], refined.entropy, atol=1e-9)
     information = np.asarray(refined.information)
-    greedy = jit(jax.vmap(jax.vmap(ebim_greedy, in_axes=(None, 0)), in_axes=(0, None)))(p, rates)
+    greedy = jax.jit(jax.vmap(jax.vmap(ebim_greedy, in_axes=(None, 0)), in_axes=(0, None)))(p, rates)
     assert (information >= np.asarray(greedy.information) - 1e-9).all()
     assert (information > np.asarray(greedy.information) + 1e-3).mean() > 0.5
     assert (information <= rates + 1e-9).all()
@@ -76,7 +71,7 @@ def test_curves_are_what_their_joints_say(x64):
 def test_envelope_over_all_partitions_is_continuous(x64):
     """Property 14: with every map as a base the information does not jump."""
     p, bases = jnp.array([0.4, 0.3, 0.2, 0.1]), jnp.asarray(partitions(4))
-    refine = jit(jax.vmap(lambda rate: ebim_refine(p, rate, bases).information))
+    refine = jax.jit(jax.vmap(lambda rate: ebim_refine(p, rate, bases).information))
     rates = np.linspace(0.0, 1.84, 300)
     steps = np.abs(np.asarray(refine(rates + 1e-7)) - np.asarray(refine(rates)))
     assert steps.max() < 2e-5  # left curves are vertical at their base, so the step is not O(1e-7)

@@ -1,7 +1,5 @@
 """Markov coding games: laws of a step, play and replay, baselines, exact enumeration."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +11,6 @@ from jaxrl_suite.envs.rate_grid import RateGridConfig, environment, next_state, 
 from jaxrl_suite.mdp import soft_value_iteration
 from tests.reference import coupling_game as oracle
 from tests.reference.coupling_greedy import argmax_greedy
-
-# Much is compiled here and little computed: without optimisation it takes half of the time.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 _GRID = RateGridConfig(layout=("S...", ".#..", "...T", "...G"), horizon=40)
 
@@ -41,7 +36,7 @@ def test_actions_follow_the_policy_whatever_is_said(encoder, x64):
     """Property 19: averaged over messages the action law is the policy, to 1e-12."""
     rng = np.random.default_rng(0)
     beliefs, laws = rng.dirichlet(np.ones(24), size=30), rng.dirichlet(np.ones(4), size=30)
-    codes = jit(jax.vmap(lambda b, p: step_code(b, p, jnp.asarray(1.7), encoder)))(beliefs, laws)
+    codes = jax.jit(jax.vmap(lambda b, p: step_code(b, p, jnp.asarray(1.7), encoder)))(beliefs, laws)
     np.testing.assert_allclose(np.einsum("bn,bna->ba", beliefs, codes.given), laws, atol=1e-12)
     np.testing.assert_allclose(codes.given.sum(-1), 1.0, atol=1e-9)
     for belief, labels in zip(beliefs, np.asarray(codes.labels)):
@@ -145,7 +140,7 @@ def test_every_message_of_512_arrives_on_the_paper_grid():
     )
     messages = jax.random.randint(jax.random.key(1), (100,), 0, 512)
     options = {"num_messages": 512, "horizon": 60, "num_lanes": 100}
-    episodes = jit(lambda m: play(jax.random.key(2), world, m, 9.0, **options))(messages)
+    episodes = jax.jit(lambda m: play(jax.random.key(2), world, m, 9.0, **options))(messages)
     states, _, lengths = (np.asarray(x) for x in episodes.trajectories)
     bits = -np.sum(np.asarray(policy) * np.log2(np.maximum(np.asarray(policy), 1e-30)), axis=1)
     said = np.where(np.arange(60) < lengths[:, None], bits[states[:, :-1]], 0).sum(1)
@@ -164,7 +159,7 @@ def test_ranked_game_is_the_plain_one(x64):
     laws, rate = rng.dirichlet(np.ones(4), size=40), jnp.asarray(1.7)
     order = np.argsort(-beliefs, axis=1, kind="stable").astype(np.int32)
     ranked = RankedBelief(jnp.asarray(np.take_along_axis(beliefs, order, axis=1)), jnp.asarray(order))
-    codes = jit(jax.vmap(lambda b, p: step_code(b, p, rate)))(beliefs, laws)
+    codes = jax.jit(jax.vmap(lambda b, p: step_code(b, p, rate)))(beliefs, laws)
 
     @jax.jit
     def step(ranked, actions, messages):
@@ -188,7 +183,7 @@ def test_fixed_bins_saturate(played):
     """Property 21: two fixed bins of 16 messages tell at most 2/16; bins of the belief do better."""
     game, messages, options, _ = played
     fixed, adaptive = (
-        jit(lambda m, k=kind: play(jax.random.key(3), game, m, 1.0, encoder=f"uniform_{k}", **options))(messages)
+        jax.jit(lambda m, k=kind: play(jax.random.key(3), game, m, 1.0, encoder=f"uniform_{k}", **options))(messages)
         for kind in ("fixed", "adaptive")
     )
     assert float((fixed.decoded == messages).mean()) <= 2 / 16 + 0.05
@@ -215,7 +210,9 @@ def test_soft_policy(x64):
     grid = rate_grid(_GRID)
     assert float(soft_policy(grid, 1e-3).max(1)[~np.asarray(grid.terminal)].min()) > 0.45
     temperatures = jnp.array([0.01, 0.05, 0.2, 0.8])
-    policies = jit(jax.vmap(lambda beta: soft_policy(grid, beta, horizon=8)))(temperatures)  # exact, for eight steps
+    policies = jax.jit(jax.vmap(lambda beta: soft_policy(grid, beta, horizon=8)))(
+        temperatures
+    )  # exact, for eight steps
     np.testing.assert_allclose(policies.sum(-1), 1, atol=1e-9)
     step = jnp.einsum("thsa,sak,sakz->thsz", policies, grid.mdp.transition, jax.nn.one_hot(grid.mdp.successors, 16))
     law, rewards = jnp.zeros((4, 16)).at[:, grid.start].set(1.0), []
@@ -236,7 +233,7 @@ def test_grid_environment():
     """The grid behind the suite's interface: six values a step, moves, walls, goal, trap, and the horizon."""
     config = RateGridConfig(layout=("S.", "TG"), noise=0.0, horizon=3)
     world = environment(config)
-    reset, step = jit(world.reset), jit(world.step)
+    reset, step = jax.jit(world.reset), jax.jit(world.step)
     up, right, down = 0, 1, 2
 
     def walk(*actions):

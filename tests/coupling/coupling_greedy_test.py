@@ -17,9 +17,6 @@ from tests.reference import coupling_greedy as oracle
 from tests.reference.coupling_bounds import majorization
 from tests.reference.coupling_exact import exact_entropies, exact_entropy_by_search
 
-# Much is compiled here and little computed: without optimisation it takes half of the time.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 _PROFILE_GAP = math.log2(math.e) / math.e
 
 
@@ -34,7 +31,7 @@ def compiled(rule, kernel):
         coupling = greedy_coupling(p, q, rule=rule, kernel=kernel)
         return coupling, coupling.dense((p.shape[0], q.shape[0])), coupling.entropy
 
-    return jit(jax.vmap(couple))
+    return jax.jit(jax.vmap(couple))
 
 
 def solve(p, q, rule="max", kernel="auto"):
@@ -93,7 +90,7 @@ def test_agrees_with_the_published_solver(x64):
         np.testing.assert_allclose(couple(*laws), expected, atol=1e-12)
 
 
-@jit
+@jax.jit
 @jax.vmap
 def greedy_joints(marginals):
     return greedy_coupling_multi(marginals).dense((marginals.shape[1],) * marginals.shape[0])
@@ -170,7 +167,7 @@ def test_against_the_optimum(x64):
         rule: np.concatenate([solve(p[r : r + 60], q[r : r + 60], rule).entropy for r in range(0, 300, 60)])
         for rule in ("max", "zero", "best")
     }
-    bounds = [np.asarray(bound) for bound in jit(jax.vmap(coupling_bounds))(p, q)]
+    bounds = [np.asarray(bound) for bound in jax.jit(jax.vmap(coupling_bounds))(p, q)]
     highest, meet, profile, strongest = bounds
     for low, high in [(highest, meet), (highest, profile), (meet, strongest), (profile, strongest)]:
         assert (low <= high + 1e-9).all()
@@ -195,7 +192,7 @@ def test_guarantee_on_larger_pairs(x64):
     """Property 5: the profile bound on 64 symbols, and the majorization bound of the oracle."""
     p, q = random_laws(7, 20, 40, 40, concentration=0.3)
     entropies = solve(p, q).entropy
-    bounds = jit(jax.vmap(coupling_bounds))(p, q)
+    bounds = jax.jit(jax.vmap(coupling_bounds))(p, q)
     assert (entropies <= np.asarray(bounds.profile) + _PROFILE_GAP).all()
     assert (entropies <= [majorization(a, b) + math.log2(math.e) for a, b in zip(p, q)]).all()
 
@@ -215,7 +212,7 @@ def test_batches_padding_permutation_and_transposition(x64):
     p[:, 5] = 0
     p /= p.sum(1, keepdims=True)
     solved = solve(p, q)
-    nested = jit(jax.vmap(jax.vmap(greedy_coupling)))(p[:4].reshape(2, 2, 6), q[:4].reshape(2, 2, 5))
+    nested = jax.jit(jax.vmap(jax.vmap(greedy_coupling)))(p[:4].reshape(2, 2, 6), q[:4].reshape(2, 2, 5))
     for row in range(4):
         np.testing.assert_array_equal(greedy_coupling(p[row], q[row]).indices, solved.indices[row])
         np.testing.assert_array_equal(nested.indices.reshape(4, -1, 2)[row], solved.indices[row])
@@ -267,7 +264,7 @@ def test_entropy_gradient(sizes, x64):
     def function(p, q):
         return greedy_coupling(p, q).entropy
 
-    value, gradients = jit(function), jit(jax.grad(function, argnums=(0, 1)))(p, q)
+    value, gradients = jax.jit(function), jax.jit(jax.grad(function, argnums=(0, 1)))(p, q)
     rng = np.random.default_rng(13)
     for _ in range(3):
         dp, dq = rng.normal(size=sizes[0]) * p, rng.normal(size=sizes[1]) * q
@@ -282,5 +279,5 @@ def test_gradient_has_no_nan_at_zero_mass():
     """Property 11: absent symbols have a finite gradient."""
     p, q = jnp.array([0.5, 0.0, 0.5]), jnp.array([0.7, 0.3, 0.0])
     for rule in ("max", "best"):
-        gradients = jit(jax.grad(lambda p, q, r=rule: greedy_coupling(p, q, rule=r).entropy, argnums=(0, 1)))(p, q)
+        gradients = jax.jit(jax.grad(lambda p, q, r=rule: greedy_coupling(p, q, rule=r).entropy, argnums=(0, 1)))(p, q)
         assert all(bool(jnp.all(jnp.isfinite(g))) for g in gradients)

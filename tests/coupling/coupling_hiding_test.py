@@ -13,9 +13,6 @@ from jaxrl_suite.coupling.integer import round_masses
 from jaxrl_suite.coupling.iterative import fimec_symbol, fimec_text, symbol_law
 from tests.reference.coupling_greedy import argmax_greedy, dense
 
-# Much is compiled here and little computed: without optimisation it takes half of the time.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def test_one_block_is_the_greedy_coupling(x64):
     """Property 23: one block, one symbol: p(symbol | value) is the row of the coupling, by exhausting the draws."""
@@ -23,7 +20,7 @@ def test_one_block_is_the_greedy_coupling(x64):
     joint = dense(argmax_greedy(belief, law), (4, 3))
     counts = round_masses(jnp.asarray(law), 1 << 20)
     keys = jax.random.split(jax.random.key(0), 400)
-    draw = jit(
+    draw = jax.jit(
         jax.vmap(
             lambda key, value: fimec_symbol(key, jnp.asarray(belief)[None], value[None], counts, 0, False, merge=False),
             in_axes=(0, None),
@@ -46,7 +43,7 @@ def test_symbols_follow_their_law():
     for rate in (1.0, np.inf):
         beliefs = jnp.asarray(rng.dirichlet(np.full(64, 0.3), size=3), jnp.float32)
         counts = round_masses(jnp.asarray(rng.dirichlet(np.ones(20)), jnp.float32), 1 << 30)
-        law = jit(symbol_law)(beliefs, counts, rate=rate)
+        law = jax.jit(symbol_law)(beliefs, counts, rate=rate)
         np.testing.assert_allclose(law, np.asarray(counts) / 2**30, atol=1e-6)
 
 

@@ -1,6 +1,5 @@
 """K marginals, the large kernel, integer masses, pivots and certificates."""
 
-import functools
 import math
 
 import jax
@@ -19,20 +18,17 @@ from jaxrl_suite.coupling import (
 from tests.reference import coupling_greedy as oracle
 from tests.reference.coupling_exact import exact_entropies
 
-# Much is compiled here and little computed: without optimisation it takes half of the time.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def test_three_marginals(x64):
     """Properties 1, 3, 5 and 8 for K = 3: the cells of a NumPy loop, the support, the guarantee."""
     rng = np.random.default_rng(0)
     marginals = rng.dirichlet(np.ones(5), size=(40, 3))
-    couplings = jit(jax.vmap(greedy_coupling_multi))(marginals)
+    couplings = jax.jit(jax.vmap(greedy_coupling_multi))(marginals)
     joints = np.asarray(jax.vmap(lambda c: c.dense((5, 5, 5)))(couplings))
     for joint, rows in zip(joints, marginals):
         np.testing.assert_allclose(joint, oracle.dense(oracle.argmax_greedy_multi(rows), (5, 5, 5)), atol=1e-14)
     assert couplings.weights.shape == (40, 3 * 5 - 3 + 1)
-    profiles = np.asarray(jit(jax.vmap(coupling_bounds_multi))(marginals).profile)
+    profiles = np.asarray(jax.jit(jax.vmap(coupling_bounds_multi))(marginals).profile)
     entropies = np.asarray(couplings.entropy)
     assert (entropies >= profiles).all()
     assert (entropies <= profiles + (1 + math.log2(math.e)) / 2).all()
@@ -64,7 +60,7 @@ def test_large_kernel_is_the_plain_kernel():
     )
     p, q = p.astype(np.float32), q.astype(np.float32)
     plain, large = (
-        jit(jax.vmap(lambda p, q, k=kernel: greedy_coupling(p, q, kernel=k)))(p, q) for kernel in ("plain", "large")
+        jax.jit(jax.vmap(lambda p, q, k=kernel: greedy_coupling(p, q, kernel=k)))(p, q) for kernel in ("plain", "large")
     )
     np.testing.assert_array_equal(plain.weights, large.weights)
     np.testing.assert_array_equal(plain.indices, large.indices)
@@ -91,7 +87,7 @@ def test_integer_masses():
     assert counts.sum() == 1 << 30
     assert (counts[[3, 7]] == 0).all()
     assert np.abs(counts / 2**30 - p / p.astype(float).sum()).max() < 1e-7
-    small = np.asarray(jit(lambda p: integer_masses(p, total_bits=4))(jnp.array([0.34, 0.33, 0.33])))
+    small = np.asarray(jax.jit(lambda p: integer_masses(p, total_bits=4))(jnp.array([0.34, 0.33, 0.33])))
     assert sorted(small) == [5, 5, 6]
 
 
@@ -103,11 +99,11 @@ def test_pivots_and_certificate(x64):
         n, m = rng.integers(2, 5, size=2)
         p[row, :n], q[row, :m] = rng.dirichlet(np.ones(n)), rng.dirichlet(np.ones(m))
     optimum = exact_entropies(p, q)
-    certificate = jit(jax.vmap(lambda p, q: certified_coupling(p, q, polish=True)))(p, q)
+    certificate = jax.jit(jax.vmap(lambda p, q: certified_coupling(p, q, polish=True)))(p, q)
     excess = np.asarray(certificate.entropy) - optimum
     assert excess.min() > -1e-9
     assert excess.mean() <= 0.002
-    greedy = np.asarray(jit(jax.vmap(lambda p, q: greedy_coupling(p, q, rule="best").entropy))(p, q))
+    greedy = np.asarray(jax.jit(jax.vmap(lambda p, q: greedy_coupling(p, q, rule="best").entropy))(p, q))
     assert (np.asarray(certificate.entropy) <= greedy + 1e-9).all()
     assert (np.asarray(certificate.entropy) < greedy - 1e-6).any()
     assert (np.asarray(certificate.bound) <= optimum + 1e-9).all()
@@ -122,7 +118,7 @@ def test_pivots_improve_the_zero_rule(x64):
     rng = np.random.default_rng(6)
     p, q = rng.dirichlet(np.ones(4), size=60), rng.dirichlet(np.ones(4), size=60)
 
-    @jit
+    @jax.jit
     @jax.vmap
     def solve(p, q):
         start = greedy_coupling(p, q, rule="zero").entropy

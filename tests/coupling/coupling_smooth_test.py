@@ -1,7 +1,5 @@
 """Smooth couplings: marginals at every temperature, both ends, ties, derivatives, and training through them."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +8,7 @@ import pytest
 from jaxrl_suite.coupling import greedy_coupling, sharpen_coupling, soft_coupling
 from jaxrl_suite.distributions import entropy
 
-# Much is compiled here and little computed: without optimisation it takes half of the time.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-soft = jit(jax.vmap(soft_coupling, in_axes=(0, 0, None)))
+soft = jax.jit(jax.vmap(soft_coupling, in_axes=(0, 0, None)))
 rng = np.random.default_rng(0)
 P, Q = rng.dirichlet(np.ones(5), size=40), rng.dirichlet(np.ones(4), size=40)
 
@@ -42,7 +37,7 @@ def test_no_jump_at_a_tie(x64):
     """Exchanging which of two nearly equal masses is larger moves the greedy coupling by 0.2, not the soft one."""
     q = jnp.array([0.5, 0.3, 0.2])
     left, right = jnp.array([0.4 + 1e-9, 0.4 - 1e-9, 0.2]), jnp.array([0.4 - 1e-9, 0.4 + 1e-9, 0.2])
-    couple = jit(lambda p: greedy_coupling(p, q).dense((3, 3)))
+    couple = jax.jit(lambda p: greedy_coupling(p, q).dense((3, 3)))
     assert np.abs(couple(left) - couple(right)).max() > 0.2
     both = soft(jnp.stack([left, right]), jnp.stack([q, q]), 0.2)
     assert np.abs(both[0] - both[1]).max() < 1e-7
@@ -55,7 +50,7 @@ def test_derivative(x64):
     def function(p, temperature):
         return jnp.sum(soft_coupling(p, Q[0], temperature) ** 2)
 
-    value, gradient = jit(function), jit(jax.grad(function))
+    value, gradient = jax.jit(function), jax.jit(jax.grad(function))
     for temperature in (0.7, 0.2):
         slope = float(gradient(P[0], temperature) @ direction)
         step = 1e-6
@@ -85,7 +80,7 @@ def test_training_through_it():
         p = jax.nn.softmax(logits)
         return entropy(p) + entropy(q) - entropy(soft_coupling(p, q, 0.3).reshape(-1))
 
-    @jit
+    @jax.jit
     def train(logits):
         def step(logits, _):
             value, slope = jax.value_and_grad(information)(logits)

@@ -45,9 +45,7 @@ def test_hypervolume_of_the_front(x64):
         assert tied_bits.front_hypervolume(num_bits) == pytest.approx(value)
         front = jnp.asarray(tied_bits.known_front(num_bits, 201))
         half = jnp.arange(201) % 2 == 0  # every second point, the ends among them: one shape for both
-        errors = [
-            value - float(pareto.hypervolume(front, jnp.zeros(2), mask=mask)) for mask in (half, half | True)
-        ]
+        errors = [value - float(pareto.hypervolume(front, jnp.zeros(2), mask=mask)) for mask in (half, half | True)]
         assert 0 < errors[1] < 0.55 * errors[0]
 
 
