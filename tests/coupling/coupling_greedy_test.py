@@ -237,7 +237,7 @@ def test_integer_masses_are_exact():
     assert float(coupling.entropy) == pytest.approx(oracle.entropy(joint / (1 << 30)), abs=1e-5)
 
 
-def test_speed_floor():
+def test_speed_floor(optimised):
     """Property 25: 512 against 4 symbols in a batch of 256, a pair at least 10 times as fast as the NumPy loop.
 
     Both are timed in turns and the best is taken, so that a busy machine slows both. About 80 on a quiet one.

@@ -58,7 +58,7 @@ def write(table, law, key, values, tokens=None):
     return fimec_text(key, law, table, prompts, mask, values, num_values=16, num_tokens=40, tokens=tokens)
 
 
-def test_messages_come_back(characters):
+def test_messages_come_back(characters, optimised):
     """Property 24: 1,000 random messages of 32 bits; the receiver's beliefs need the text alone."""
     values = jax.random.randint(jax.random.key(0), (1000, 8), 0, 16)
     sent = write(*characters, jax.random.key(1), values)
