@@ -213,7 +213,9 @@ def figures(result: Result) -> Mapping[str, "Figure"]:
     panels[2].set(yscale="log", xlabel="rollout", ylabel="|folded - one device| (1e-9 stands for none)")
     equal = int(arrays["same"].sum())
     panels[2].set_title(f"the same tokens in {equal} of {len(steps)} rollouts", fontsize=11)
-    panels[2].legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, frameon=False)
+    panels[2].legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
+    for axes in panels:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     return {"sharded_alignment": figure}
 
 
