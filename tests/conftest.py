@@ -4,8 +4,8 @@ import tempfile
 from pathlib import Path
 
 # Before JAX starts: eight virtual CPU devices for the multi-device tests, and one persistent compilation cache for all
-# workers and later runs. Tests compile much and run little: JAX's own switch for that takes a fifth of the time off; the
-# studies of the tour and the float64 contracts (.ci/run) are compiled as users' programs are. Neither on jax 0.12, which
+# workers and later runs. Tests compile much and run little: JAX's own switch for that takes a fifth of the time off.
+# The tour's studies and the float64 contracts (.ci/run) are compiled as users' programs are. Neither on jax 0.12: it
 # was seen to abort while it wrote a folded program into the cache, and to make NaN of a vmapped solve unoptimised.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 12):
