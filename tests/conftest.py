@@ -3,14 +3,14 @@ import os
 import tempfile
 from pathlib import Path
 
-# Before JAX starts: eight virtual CPU devices for the multi-device tests, and one persistent compilation cache for all
-# workers and later runs. Tests compile much and run little: JAX's own switch for that takes a fifth of the time off.
-# The tour's studies and the float64 contracts (.ci/run) are compiled as users' programs are. Neither on jax 0.12: it
-# was seen to abort while it wrote a folded program into the cache, and to make NaN of a vmapped solve unoptimised.
+# Before JAX starts. Tests compile much and run little: JAX's own switch for that takes a fifth of the time off. The
+# tour's studies and the float64 contracts (.ci/run) are compiled as users' programs are, and tests that ask for it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# One persistent compilation cache for all workers and later runs, and eight virtual CPU devices for the multi-device
+# tests. No cache on jax 0.12, which was seen to abort while it wrote a folded program into it.
 if tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 12):
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".cache" / "xla"))
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
@@ -57,7 +57,10 @@ def x64():
 
 @pytest.fixture
 def optimised():
-    """Compiles as users' programs are, for a test that computes more than it compiles."""
+    """Compiles as users' programs are: for tests that compute much, and those that jax 0.12 fails unoptimised.
+
+    (There the vmapped derivative of ``value_iteration`` becomes NaN, and a search ends elsewhere than its oracle's.)
+    """
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1")

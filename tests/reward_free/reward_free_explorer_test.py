@@ -64,7 +64,7 @@ def dense(mdp):
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-def test_run_equals_numpy_reference(x64, seed):
+def test_run_equals_numpy_reference(x64, optimised, seed):
     """Property 17 and more: each seed of a vmapped run equals the NumPy loop written from the paper (fit, search, play,
     weigh) for that seed alone, fed with the same random numbers."""
     mdp, key = world(), keys_of_runs()[seed]
