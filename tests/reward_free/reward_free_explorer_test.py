@@ -344,8 +344,8 @@ def test_certificate_is_differentiable_end_to_end(x64):
 
 def test_learns_the_kernel_of_a_small_lock(x64):
     """Learning, property 15: forty episodes lose less than the prior; uniform play is left with more uncertainty, and
-    UCRL-RFE with at least three times as much. (In value error uniform play is a tie here, and loses in the study
-    ``baselines``, where the locks are longer.)"""
+    UCRL-RFE with at least three times as much. (In value error uniform play cannot be told apart here; that part of
+    the property rests on the study ``baselines``.)"""
     loss, _ = _losses_and_errors(_bare(runs()))
     assert float(loss.max(axis=1).mean()) < 0.5 * prior_loss()
     names = ("hf_ucrl_rfe_pp", "uniform", "ucrl_rfe")
