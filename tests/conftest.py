@@ -57,10 +57,8 @@ def x64():
 
 @pytest.fixture
 def optimised():
-    """Compiles as users' programs are: for tests that compute much, and those that jax 0.12 fails unoptimised.
-
-    (There the vmapped derivative of ``value_iteration`` becomes NaN, and a search ends elsewhere than its oracle's.)
-    """
+    """Compiles as users' programs are: for tests that compute much, and for a search of many steps that rounding leads
+    elsewhere than its oracle (seen on jax 0.12, unoptimised)."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1")

@@ -27,5 +27,5 @@ def test_the_kernels_that_were_asked_for_are_checked(name):
 
 
 @pytest.mark.parametrize("name", sorted(DIFFERENTIABLE))
-def test_derivatives_equal_finite_differences(name, key, x64, optimised):
+def test_derivatives_equal_finite_differences(name, key, x64):
     testing.check_gradients(DIFFERENTIABLE[name], key)

@@ -77,11 +77,21 @@ def value_iteration(mdp: TabularMDP, *, tolerance: float | None = None, max_iter
     >>> float(value_iteration(tabular_mdp(jnp.ones((1, 2, 1)), jnp.array([[0.0, 1.0]]), 0.5)).values[0].round(4))
     2.0
     """
-    values = bellman_fixed_point(mdp, lambda q: jnp.max(q, axis=-1), tolerance, max_iterations)
+    values = bellman_fixed_point(mdp, greedy_value, tolerance, max_iterations)
     action_values = bellman_values(mdp, values)
     residual = jnp.max(jnp.abs(jnp.max(action_values, axis=-1) - values))
     policy = jnp.argmax(action_values, axis=-1).astype(jnp.int32)
     return PlanOutput(values, action_values, policy, residual, has_converged(residual, values, tolerance))
+
+
+def greedy_value(action_values: Array) -> Array:
+    """The largest of the action values ``[..., A]``, whose derivative is that of the first greedy action.
+
+    The derivative of ``jnp.max`` compares the values with their maximum again. A compiler that rounds the two
+    computations differently finds no equal one, and divides zero by zero: seen on jax 0.12 without optimisation.
+    """
+    chosen = jnp.argmax(action_values, axis=-1, keepdims=True)
+    return jnp.take_along_axis(action_values, chosen, axis=-1)[..., 0]
 
 
 def has_converged(residual: Array, values: Array, tolerance: float | None) -> Array:

@@ -121,7 +121,7 @@ def test_successor_lists_equal_the_dense_kernel(x64, key):
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_gradients_of_the_fixed_point(optimised, x64, key, soft):
+def test_gradients_of_the_fixed_point(x64, key, soft):
     problem = random_mdp(key)
 
     def values(transition, reward, discount, temperature):
