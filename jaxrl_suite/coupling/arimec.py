@@ -27,7 +27,7 @@ from jaxrl_suite.coupling.prefix_tree import (
     prefix_tree,
     read_message,
 )
-from jaxrl_suite.coupling.sparse import check_rate
+from jaxrl_suite.coupling.sparse import check_names, check_rate
 from jaxrl_suite.coupling.symbol_step import Partition, SymbolStep, couple_symbol
 from jaxrl_suite.types import Array, PRNGKey, SequenceLaw
 
@@ -88,6 +88,9 @@ class ArimecText(NamedTuple):
         messages: int32 [B, D], as the receiver decodes them.
         certainty: [B], posterior mass of the decoded message; near 1 when the text was long enough.
         overflow: bool [B], whether the pool of nodes was too small to find the best partition.
+
+    Inside jit, a row whose message holds no symbol of the message's law has tokens and messages of -1 and a certainty
+    of NaN.
     """
 
     tokens: Array
@@ -123,7 +126,7 @@ def arimec_text(
         params: what it reads.
         prompts: int32 [B, P].
         mask: bool [B, P].
-        messages: int32 [B, D]; a receiver passes zeros.
+        messages: int32 [B, D], symbols of ``message_law``; a receiver passes zeros.
         message_law: of the messages, any sequence law; rows of one message at a time.
         message_params: what it reads.
         message_prompt: int32 [P'], what comes before every message; both sides know it.
@@ -137,7 +140,7 @@ def arimec_text(
         Texts and decoded messages.
 
     Raises:
-        ValueError: shapes that do not fit, or a rate that is negative.
+        ValueError: shapes that do not fit, a message out of range, or a rate that is negative.
     """
     check(messages.ndim == 2, argument="messages", value=messages.shape, rule="must have two axes, [B, D]")
     fits = messages.shape[0] == prompts.shape[0]
@@ -149,8 +152,16 @@ def arimec_text(
     rate = jnp.asarray(rate, jnp.float32)
     check_rate(rate)
     source = (message_params, message_prompt)
+    num_symbols = _first_logits.eval_shape(message_law, *source).shape[-1]
+    check_names("messages", messages, num_symbols)
     replay = jnp.asarray(tokens is not None)
     return _text(key, law, params, prompts, mask, messages, message_law, source, given, replay, rate, capacity, merge)
+
+
+@functools.partial(jax.jit, static_argnames="law")
+def _first_logits(law: SequenceLaw, params: Any, prompt: Array) -> Array:
+    """[1, V]. Asked for its shape alone, so nothing is computed, and jit remembers the answer."""
+    return law.logits(law.init(params, prompt[None], jnp.ones((1, prompt.shape[0]), bool)))
 
 
 @functools.partial(jax.jit, static_argnames=("law", "message_law", "capacity", "merge"))
@@ -181,4 +192,8 @@ def _text(
     state = law.init(params, prompts, mask)
     (_, _, trees), drawn = jax.lax.scan(step, (state, law.logits(state), trees), (jnp.arange(num_tokens), given.T))
     decoded = jax.vmap(lambda tree: read_message(tree, message_law, message_params))(trees)
-    return ArimecText(drawn.T, decoded.message, decoded.mass, trees.overflow)
+    num_symbols = root.masses.shape[1]
+    valid = jnp.all((messages >= 0) & (messages < num_symbols), axis=1)
+    tokens, found = (jnp.where(valid[:, None], x, -1) for x in (drawn.T, decoded.message))
+    certainty = jnp.where(valid, decoded.mass, jnp.full_like(decoded.mass, jnp.nan))
+    return ArimecText(tokens, found, certainty, trees.overflow)

@@ -83,7 +83,8 @@ class Episodes(NamedTuple):
         trajectories: what was seen.
         rewards: [E], undiscounted sum.
         decoded: int32 [E], message that the receiver answers, the most probable one.
-        truth: [E, H], belief in the true message after each action; its last value is held to the end.
+        truth: [E, H], belief in the true message after each action; its last value is held to the end. NaN, inside
+            jit, for a message out of range.
         masked: [], share of the steps of all lanes that belonged to no episode.
     """
 
@@ -268,7 +269,9 @@ def _play(key, arrays, messages, rate, recorded, replay, next_state, num_message
     held = jnp.arange(horizon)[None, :] >= board.lengths[:, None]
     last = jnp.take_along_axis(board.truth, jnp.maximum(board.lengths - 1, 0)[:, None], axis=1)
     trajectories = Trajectories(board.states, board.actions, board.lengths)
-    return Episodes(trajectories, board.rewards, board.decoded, jnp.where(held, last, board.truth), masked)
+    valid = (messages >= 0) & (messages < num_messages)
+    truth = jnp.where(valid[:, None], jnp.where(held, last, board.truth), jnp.full((), jnp.nan, policy.dtype))
+    return Episodes(trajectories, board.rewards, board.decoded, truth, masked)
 
 
 def _say_ranked(keys, belief: RankedBelief, laws, rate, messages, observed) -> tuple[RankedBelief, Array]:

@@ -87,6 +87,8 @@ class HiddenText(NamedTuple):
         tokens: int32 [B, T].
         values: int32 [B, W], the most probable message, as the receiver decodes it.
         certainty: [B], least probability of a decoded block; near 1 when the text was long enough.
+
+    Inside jit, a row with a value out of range has tokens and values of -1 and a certainty of NaN.
     """
 
     tokens: Array
@@ -164,6 +166,8 @@ def _text(key, law, params, prompts, mask, values, given, replay, rate, num_valu
 
     start = (state, law.logits(state), beliefs)
     (_, _, beliefs), drawn = jax.lax.scan(step, start, (jnp.arange(given.shape[1]), given.T))
-    return HiddenText(
-        drawn.T, jnp.argmax(beliefs, axis=-1).astype(jnp.int32), jnp.min(jnp.max(beliefs, axis=-1), axis=-1)
-    )
+    valid = jnp.all((values >= 0) & (values < num_values), axis=1)
+    decoded = jnp.argmax(beliefs, axis=-1).astype(jnp.int32)
+    tokens, found = (jnp.where(valid[:, None], x, -1) for x in (drawn.T, decoded))
+    certainty = jnp.min(jnp.max(beliefs, axis=-1), axis=-1)
+    return HiddenText(tokens, found, jnp.where(valid, certainty, jnp.full_like(certainty, jnp.nan)))

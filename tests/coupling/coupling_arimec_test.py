@@ -217,8 +217,22 @@ def test_messages_come_back():
         ({"num_tokens": 0}, "num_tokens"),
         ({"tokens": sent.tokens[:3]}, "tokens"),
         ({"rate": -1.0}, "rate"),
+        ({"messages": messages.at[7, 2].set(SYMBOLS)}, r"messages=\[3\]: must be in 0\.\.2"),
+        ({"messages": messages.at[0, 0].set(-1)}, r"messages=\[-1\]"),
     ):
         with pytest.raises(ValueError, match=match):
-            arimec_text(jax.random.key(0), *arguments, messages, **{"num_tokens": 24, **wrong}, **options)
+            arimec_text(jax.random.key(0), *arguments, **{"messages": messages, "num_tokens": 24, **wrong}, **options)
     with pytest.raises(ValueError, match="messages"):
         arimec_text(jax.random.key(0), *arguments, messages[:3], num_tokens=2, **options)
+
+    # Inside jit a message out of range is a flag, and the other rows are what they were.
+    @jax.jit
+    def send(messages):
+        return arimec_text(jax.random.key(2), *arguments, messages, num_tokens=24, **options)
+
+    flagged = send(messages.at[7, 2].set(SYMBOLS).at[9, 0].set(-1))
+    wrong = np.isin(np.arange(64), (7, 9))
+    np.testing.assert_array_equal(np.isnan(flagged.certainty), wrong)
+    assert (np.asarray(flagged.tokens)[wrong] == -1).all() and (np.asarray(flagged.messages)[wrong] == -1).all()
+    np.testing.assert_array_equal(np.asarray(flagged.tokens)[~wrong], np.asarray(sent.tokens)[~wrong])
+    np.testing.assert_array_equal(np.asarray(flagged.messages)[~wrong], np.asarray(sent.messages)[~wrong])

@@ -31,6 +31,7 @@ from jaxrl_suite.coupling import (
 from jaxrl_suite.coupling.factored_games import play_factored
 from jaxrl_suite.coupling.games import CodingGame, enumerate_game, play
 from jaxrl_suite.coupling.iterative import fimec_text
+from jaxrl_suite.types import SequenceLaw
 
 GOOD = (0.5, 0.3, 0.2)
 BAD = {
@@ -176,6 +177,19 @@ def test_messages_and_rates_of_games_and_texts():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+    # Inside jit a value out of range is a flag, and the rows beside it are as they were. (ARIMEC: in its own file;
+    # games: `test_every_message_of_512_arrives_on_the_paper_grid`.)
+    even = SequenceLaw(lambda params, prompts, mask: params, lambda params, state, token: (state, state), lambda x: x)
+    prompts, mask = jnp.zeros((3, 1), jnp.int32), jnp.ones((3, 1), bool)
+    send = jax.jit(
+        lambda values: fimec_text(
+            key, even, jnp.zeros((3, 4)), prompts, mask, values, num_values=4, num_tokens=2, merge=False
+        )
+    )
+    found = send(jnp.array([[4], [2], [-1]]))
+    assert_flagged(jax.tree.map(lambda x: x[::2], found))
+    assert found.values[1].tolist() == [2] and float(found.certainty[1]) > 0.99
 
 
 @pytest.mark.parametrize(

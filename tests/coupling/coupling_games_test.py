@@ -128,7 +128,10 @@ def test_agrees_with_the_numpy_game(played):
 
 
 def test_every_message_of_512_arrives_on_the_paper_grid():
-    """Property 20 at the paper's size: at 9 bits a step, all that a walk with entropy to spare says is understood."""
+    """Property 20 at the paper's size: at 9 bits a step, all that a walk with entropy to spare says is understood.
+
+    Two more episodes have messages that do not exist: inside jit their belief in the truth is a flag.
+    """
     grid = rate_grid(RateGridConfig())
     policy = soft_policy(grid, float(np.exp(-4.0)))
     world = CodingGame(
@@ -140,7 +143,10 @@ def test_every_message_of_512_arrives_on_the_paper_grid():
     )
     messages = jax.random.randint(jax.random.key(1), (100,), 0, 512)
     options = {"num_messages": 512, "horizon": 60, "num_lanes": 100}
-    episodes = jax.jit(lambda m: play(jax.random.key(2), world, m, 9.0, **options))(messages)
+    flagged = jnp.concatenate([messages, jnp.array([512, -1])])
+    episodes = jax.jit(lambda m: play(jax.random.key(2), world, m, 9.0, **options))(flagged)
+    np.testing.assert_array_equal(np.isnan(episodes.truth), np.arange(102)[:, None] >= 100 + np.zeros(60))
+    episodes = jax.tree.map(lambda x: x[:100] if x.ndim else x, episodes)
     states, _, lengths = (np.asarray(x) for x in episodes.trajectories)
     bits = -np.sum(np.asarray(policy) * np.log2(np.maximum(np.asarray(policy), 1e-30)), axis=1)
     said = np.where(np.arange(60) < lengths[:, None], bits[states[:, :-1]], 0).sum(1)
