@@ -82,7 +82,7 @@ def _gain(surrogate: np.ndarray, trained: np.ndarray) -> tuple[float, float]:
 
 def _train(config: InformationPolicyConfig, keys: jax.Array) -> dict[str, np.ndarray]:
     grid = rate_grid(RateGridConfig(layout=config.layout, noise=0.0, horizon=config.horizon))
-    successors = grid.mdp.successors[:, :, 0]  # type: ignore[index]  # the builder always stores lists
+    successors = grid.successors[:, :, 0]
     world = (successors, grid.entry_reward, grid.terminal, grid.start, config.num_messages, None)
 
     def value(logits, weight):

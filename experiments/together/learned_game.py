@@ -97,7 +97,7 @@ def exact_reward(grid: RateGrid, policy: Array) -> Array:
     """Expected sum of rewards of a policy [S, A] over the grid's horizon, by its own kernel, without discount."""
 
     def back(values: Array, _: None) -> tuple[Array, None]:
-        ahead = jnp.sum(grid.mdp.transition * values[grid.mdp.successors], axis=-1)
+        ahead = jnp.sum(grid.mdp.transition * values[grid.successors], axis=-1)
         return jnp.where(grid.terminal, 0.0, jnp.sum(policy * (grid.mdp.reward + ahead), axis=-1)), None
 
     values, _ = jax.lax.scan(back, jnp.zeros(policy.shape[0], policy.dtype), length=grid.horizon)
@@ -132,13 +132,11 @@ def play(
     check(num_messages > 1, argument="num_messages", value=num_messages, rule="must be at least 2")
     prior = jnp.full((num_messages,), 1 / num_messages, sender.policy.dtype)
     sides = (sender,) if receiver is None else (sender, receiver)
-    successors = grid.mdp.successors
-    assert successors is not None  # the builder always stores lists
 
     def seen(plan: Plan, given: Array, state: Array, action: Array, following: Array) -> Array:
         if observed == "actions":
             return given[:, action]
-        reaches = jnp.where(successors[state] == following, plan.model[state], 0)
+        reaches = jnp.where(grid.successors[state] == following, plan.model[state], 0)
         return given @ jnp.sum(reaches, axis=-1)
 
     def episode(number: Array, message: Array) -> Played:

@@ -1,6 +1,13 @@
 """The one door to distrax, entropy and information measures, and masked statistics."""
 
-from jaxrl_suite.distributions.categorical import categorical, draw_token, epsilon_greedy, greedy, softmax_policy
+from jaxrl_suite.distributions.categorical import (
+    categorical,
+    draw_token,
+    epsilon_greedy,
+    greedy,
+    invert_cdf,
+    softmax_policy,
+)
 from jaxrl_suite.distributions.information import (
     binary_entropy,
     conditional_entropy,
@@ -21,6 +28,7 @@ __all__ = [
     "entropy_terms",
     "epsilon_greedy",
     "greedy",
+    "invert_cdf",
     "joint_entropy",
     "kl_divergence",
     "masked_mean",

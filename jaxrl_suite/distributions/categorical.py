@@ -69,47 +69,52 @@ def epsilon_greedy(preferences: Array, epsilon: float) -> Any:
         return _distrax().EpsilonGreedy(preferences, epsilon)
 
 
-def draw_token(key: PRNGKey, logits: Array, *, block: int = 256) -> Array:
-    """One draw from a large vocabulary by a two-level inverse CDF with one uniform a row.
+def draw_token(keys: PRNGKey, logits: Array) -> tuple[Array, Array]:
+    """One draw a row from a large vocabulary, by inverting the distribution function in two levels.
 
     Equal in law to ``categorical(logits=logits).sample(seed=key)``, which draws a Gumbel variable for each entry of
     the vocabulary and is several times slower on a CPU. First a block of entries is drawn by its mass, then
     the entry inside the block; both cumulative sums are short, which also keeps float32 rounding small.
 
     Args:
-        key: consumed; a single key, or keys ``[B]`` for logits ``[B, V]`` (row b then depends on key b alone).
-        logits: [V] or [B, V], natural log-probabilities up to a constant; ``-inf`` excludes an entry.
-        block: entries a block.
+        keys: [B], consumed; row b depends on key b alone.
+        logits: [B, V], natural log-probabilities up to a constant; ``-inf`` excludes an entry.
 
     Returns:
-        int32 [] or [B], drawn entries.
+        Drawn entries int32 [B], and their log-probabilities [B] in nats, float32 at least.
     """
-    if logits.ndim == 2:
-        uniform = (
-            jax.vmap(lambda k: jax.random.uniform(k))(key) if key.ndim else jax.random.uniform(key, logits.shape[:1])
-        )
-        return jax.vmap(lambda u, row: _inverse_cdf(u, row, block))(uniform, logits)
-    return _inverse_cdf(jax.random.uniform(key), logits, block)
-
-
-def _inverse_cdf(uniform: Array, logits: Array, block: int) -> Array:
-    size = logits.shape[0]
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    mass = jnp.exp(logits - jnp.max(logits))
-    rows = jnp.pad(mass, (0, -size % block)).reshape(-1, block)
-    target, chosen = _pick(uniform, jnp.sum(rows, axis=1))
-    _, column = _pick_below(target, rows[chosen])
-    return (chosen * block + column).astype(jnp.int32)
+    batch, size = logits.shape
+    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,), logits.dtype))(keys)
+    best = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    width = max(1, int(size**0.5))
+    mass = jnp.pad(jnp.exp(logits - best), ((0, 0), (0, -size % width))).reshape(batch, -1, width)
+    blocks = mass.sum(axis=-1)
+    block = invert_cdf(blocks, uniforms[:, 0])
+    inside = invert_cdf(jnp.take_along_axis(mass, block[:, None, None], axis=1)[:, 0], uniforms[:, 1])
+    tokens = block * width + inside
+    normaliser = best[:, 0] + jnp.log(blocks.sum(axis=-1))
+    return tokens, jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - normaliser
 
 
-def _pick(uniform: Array, mass: Array) -> tuple[Array, Array]:
-    """Index drawn by ``uniform`` in [0, 1) and the mass left over inside it."""
-    return _pick_below(uniform.astype(mass.dtype) * jnp.sum(mass), mass)
+def invert_cdf(mass: Array, uniform: Array) -> Array:
+    """Index of the first entry whose running sum exceeds ``uniform`` times the total; never one without mass.
 
+    Args:
+        mass: [..., N], non-negative, some of it positive; it need not sum to one. No derivative.
+        uniform: [...], in [0, 1).
 
-def _pick_below(target: Array, mass: Array) -> tuple[Array, Array]:
-    cumulative = jnp.cumsum(mass)
-    # Rounding may carry the target past the end, or onto an empty entry: step back to the last entry that has mass.
-    last = mass.shape[0] - 1 - jnp.argmax((mass > 0)[::-1])
-    index = jnp.minimum(jnp.sum(cumulative <= target), last)
-    return target - (cumulative[index] - mass[index]), index
+    Returns:
+        int32 [...].
+
+    >>> invert_cdf(jnp.array([0.0, 1.0, 0.0, 3.0]), jnp.array(0.5)).tolist()
+    3
+    """
+    mass = jax.lax.stop_gradient(mass)
+    sums = jnp.cumsum(mass, axis=-1)
+    columns = jax.lax.broadcasted_iota(jnp.int32, mass.shape, mass.ndim - 1)
+    # The sums are taken in parallel, so that they rise up to rounding only: an entry without mass may seem to raise
+    # them, and the target may lie beyond all of them.
+    reached = (mass > 0) & (sums > uniform[..., None] * sums[..., -1:])
+    last = jnp.max(jnp.where(mass > 0, columns, 0), axis=-1, keepdims=True)
+    return jnp.min(jnp.where(reached, columns, last), axis=-1)

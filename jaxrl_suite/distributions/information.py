@@ -14,13 +14,13 @@ def entropy_terms(p: Array) -> Array:
     """Elementwise ``-p log2 p`` with value and gradient 0 at ``p = 0``.
 
     Args:
-        p: [...], masses, non-negative (they need not sum to one).
+        p: [...], masses, non-negative (they need not sum to one). A negative one counts as 0, NaN stays NaN.
 
     Returns:
         [...], bits.
     """
     safe = jnp.where(p > 0, p, 1.0)  # double where: the untaken branch must have a finite derivative
-    return jnp.where(p > 0, -p * jnp.log(safe) / _LN2, 0.0)
+    return jnp.where(p > 0, -p * jnp.log(safe) / _LN2, 0.0 * p)  # a product, since a plain 0 would swallow a NaN
 
 
 def entropy(p: Array, *, axis: int | Sequence[int] | None = -1) -> Array:
@@ -89,5 +89,5 @@ def kl_divergence(p: Array, q: Array, *, axis: int = -1) -> Array:
     """
     covered = (p > 0) & (q > 0)
     ratio = jnp.log(jnp.where(covered, p, 1.0)) - jnp.log(jnp.where(covered, q, 1.0))
-    terms = jnp.where(covered, p * ratio / _LN2, jnp.where(p > 0, jnp.inf, 0.0))
+    terms = jnp.where(covered, p * ratio / _LN2, jnp.where(p > 0, jnp.inf, 0.0 * p))  # NaN stays NaN
     return jnp.sum(terms, axis=axis)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_suite.config import check
+from jaxrl_suite.extras import require
 from jaxrl_suite.types import Array, Environment, PRNGKey, TimeStep
 
 
@@ -89,10 +90,5 @@ def published_fruits(depth: int = 6) -> np.ndarray:
         ValueError: there is no such tree.
     """
     check(depth in (5, 6, 7), argument="depth", value=depth, rule="must be 5, 6 or 7")
-    try:
-        from mo_gymnasium.envs.fruit_tree.fruit_tree import FRUITS
-    except ImportError as error:
-        raise ImportError(
-            "The published fruits are read from mo-gymnasium. Remedy: python -m pip install 'jaxrl-suite[experiments]'"
-        ) from error
-    return np.array(FRUITS[str(depth)], float)
+    fruits = require("mo_gymnasium.envs.fruit_tree.fruit_tree", "experiments").FRUITS
+    return np.array(fruits[str(depth)], float)

@@ -28,6 +28,7 @@ class GymnasiumWorld(NamedTuple):
         horizon: H, steps of an episode of the mixture.
         num_states: gymnasium's number of states.
         num_start_steps: first steps that only draw gymnasium's start state.
+        num_moves: steps after those that move in gymnasium; one more may follow, which pays for where one is.
         scale: value in the class times this, plus ``offset``, is the return in the environment's units.
         offset: see ``scale``.
         env_id: gymnasium's name.
@@ -39,6 +40,7 @@ class GymnasiumWorld(NamedTuple):
     horizon: int
     num_states: int
     num_start_steps: int
+    num_moves: int
     scale: float
     offset: float
     env_id: str
@@ -99,7 +101,7 @@ def gymnasium_world(env_id: str, *, max_steps: int | None = None, fan_out: int =
         scale, offset = (high - low) * horizon, low * horizon
     # What one would believe before having slipped: moves go as intended.
     mdp = from_kernels(kernels, theta, start=start, nominal=np.array([1.0, 0.0, 0.0]))
-    return GymnasiumWorld(mdp, rewards, horizon, len(table), start_steps, scale, offset, env_id, options)
+    return GymnasiumWorld(mdp, rewards, horizon, len(table), start_steps, limit, scale, offset, env_id, options)
 
 
 def play(world: GymnasiumWorld, policy: np.ndarray, num_episodes: int, seed: int) -> np.ndarray:
@@ -116,12 +118,11 @@ def play(world: GymnasiumWorld, policy: np.ndarray, num_episodes: int, seed: int
     """
     env = _make(world.env_id, world.options).unwrapped  # the time limit is the policy's own length
     policy, returns = np.asarray(policy), np.zeros(num_episodes)
-    first = world.num_start_steps
-    last = world.horizon - (1 if world.offset == 0.0 else 0)
+    moves = range(world.num_start_steps, world.num_start_steps + world.num_moves)
     try:
         for episode in range(num_episodes):
             state, _ = env.reset(seed=seed if episode == 0 else None)
-            for step in range(first, last):
+            for step in moves:
                 state, reward, terminated, _, _ = env.step(int(policy[step, state]))
                 returns[episode] += reward
                 if terminated:

@@ -216,6 +216,8 @@ def riverswim(
         The world.
     """
     check(abs(sum(current) - 1) < 1e-9, argument="current", value=current, rule="must sum to 1")
+    check(num_regions is None or 1 <= num_regions <= num_states, argument="num_regions", value=num_regions,
+          rule=f"must be None or in 1..{num_states}")  # fmt: skip
     right, _, left = current
     shared = num_regions is None
     regions = 1 if shared else num_regions
@@ -327,6 +329,8 @@ def gridworld(
     check(abs(sum(wind) - 1) < 1e-9 and len(wind) == 5, argument="wind", value=wind, rule="must be 5 weights of sum 1")
     rows, columns = len(layout), len(layout[0])
     cells = "".join(layout)
+    check(len(cells) == rows * columns and {*map(len, layout)} == {columns}, argument="layout", value=layout,
+          rule="rows must have equal length")  # fmt: skip
     check("S" in cells, argument="layout", value=layout, rule="needs a start S")
     letters = sorted(set(cells) - set("S#.")) or ["."]
     blocks = len(letters) if rooms else 1

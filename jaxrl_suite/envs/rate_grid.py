@@ -6,7 +6,7 @@ noise each; walls and obstacles stop it.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,11 @@ class RateGrid(struct.PyTreeNode):
     start: Array
     horizon: int = struct.field(pytree_node=False)
 
+    @property
+    def successors(self) -> Array:
+        """int32 [S, A, 3], cells that a move may lead to; a grid is always stored by lists."""
+        return cast(Array, self.mdp.successors)
+
 
 def rate_grid(config: RateGridConfig) -> RateGrid:
     """Builds the grid world of a configuration.
@@ -134,8 +139,7 @@ def soft_policy(grid: RateGrid, temperature: float | Array, *, horizon: int | No
 def next_state(key: PRNGKey, grid: RateGrid, state: Array, action: Array) -> Array:
     """Draws the cell after a move, int32 []. The key is consumed."""
     turn = jnp.searchsorted(jnp.cumsum(grid.mdp.transition[state, action])[:-1], jax.random.uniform(key), side="right")
-    successors = grid.mdp.successors
-    return successors[state, action, turn]  # type: ignore[index]  # the builder always stores lists
+    return grid.successors[state, action, turn]
 
 
 def environment(config: RateGridConfig) -> Environment:

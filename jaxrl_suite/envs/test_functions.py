@@ -7,6 +7,7 @@ DTLZ; Fonseca and Fleming (1995).
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_suite.config import check
 from jaxrl_suite.types import Array
 
 # Hypervolumes of the whole fronts: problem -> (reference point of the costs, value).
@@ -103,9 +104,14 @@ def known_front(name: str, num_points: int = 101) -> np.ndarray:
     Returns:
         Costs by rising first objective.
 
+    Raises:
+        ValueError: unknown problem.
+
     >>> known_front("zdt2", 3).tolist()
     [[0.0, 1.0], [0.5, 0.75], [1.0, 0.0]]
     """
+    names = ("zdt1", "zdt2", "dtlz2_2", "fonseca_fleming")
+    check(name in names, argument="name", value=name, rule=f"must be one of {', '.join(names)}")
     t = np.linspace(0, 1, num_points)
     if name == "dtlz2_2":
         return np.stack([np.sin(t * np.pi / 2), np.cos(t * np.pi / 2)], axis=1)

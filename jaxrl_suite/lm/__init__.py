@@ -40,6 +40,7 @@ head/table                          [V, D]           unless tied_head
 =================================== ================ ==================================================
 """
 
+from jaxrl_suite.distributions import draw_token as draw
 from jaxrl_suite.lm.attention import attention_with_normaliser, blockwise_attend
 from jaxrl_suite.lm.byte_tokenizer import ByteTokenizer
 from jaxrl_suite.lm.cache import DecodeParams, DecodeState, decode_params, decode_step, decoder_law, prefill
@@ -77,7 +78,7 @@ from jaxrl_suite.lm.parameters import flatten, init_params, num_parameters, para
 from jaxrl_suite.lm.pretrained import Pretrained, load_pretrained
 from jaxrl_suite.lm.rope import rope_frequencies, rope_tables, rotate
 from jaxrl_suite.lm.routing import route, top_k_indices
-from jaxrl_suite.lm.sampling import Sampling, draw, sampling_logits
+from jaxrl_suite.lm.sampling import Sampling, sampling_logits
 from jaxrl_suite.lm.streaming import prepare_decode, stream
 from jaxrl_suite.lm.supervised import (
     SupervisedBatch,

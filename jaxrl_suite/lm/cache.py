@@ -137,7 +137,7 @@ def decode_step(
 
     Args:
         params: what :func:`prefill` got.
-        state: the batch so far; ``state.length`` must be below the capacity (a write beyond it is lost).
+        state: the batch so far; ``state.length`` must be below the capacity (beyond it the last column is replaced).
         tokens: int32 [B].
         config: conventions of the model.
         feed_forward: slot of the blocks.

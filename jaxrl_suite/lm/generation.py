@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_suite.config import check
-from jaxrl_suite.lm.sampling import Sampling, draw, sampling_logits
+from jaxrl_suite.distributions import draw_token
+from jaxrl_suite.lm.sampling import Sampling, sampling_logits
 from jaxrl_suite.types import Array, Generation, PRNGKey, SequenceLaw
 
 Loop = Literal["while", "scan"]
@@ -68,7 +69,7 @@ def generate_from_law(
         if sampling.greedy:
             token, log_prob = jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros_like(kept[:, 0])
         else:
-            token, log_prob = draw(jax.vmap(jax.random.fold_in, (0, None))(keys, step), kept)
+            token, log_prob = draw_token(jax.vmap(jax.random.fold_in, (0, None))(keys, step), kept)
         token = jnp.where(done, jnp.asarray(sampling.pad_token, jnp.int32), token)
         log_prob = jnp.where(done, jnp.zeros_like(log_prob), log_prob)
         ended = done | (token[:, None] == stops[None]).any(axis=1)

@@ -164,12 +164,18 @@ def _weighted_forward(size: int, h: Array, table: Array, tokens: Array, weights:
     if not gradients:
         return total, None
     d_rows, log_prob = (part.reshape(-1, *part.shape[2:])[: h.shape[0]] for part in kept)
-    return total, (d_rows, d_table.astype(table.dtype), log_prob.astype(weights.dtype))
+    return total, (d_rows, d_table, log_prob, jnp.zeros((), table.dtype), jnp.zeros((), weights.dtype))
 
 
-def _weighted_backward(size: int, saved: tuple[Array, Array, Array], g: Array):
-    d_rows, d_table, log_prob = saved
-    return d_rows * g.astype(d_rows.dtype), d_table * g.astype(d_table.dtype), None, log_prob * g.astype(log_prob.dtype)
+def _weighted_backward(size: int, saved: tuple[Array, ...], g: Array):
+    del size
+    d_rows, d_table, log_prob, table, weight = saved
+    # Scaled before it is rounded: g is often one over a number of tokens, and the sum over them may be beyond float16.
+    d_rows, d_table, d_weights = (
+        (part.astype(g.dtype) * g).astype(like.dtype)
+        for part, like in ((d_rows, d_rows), (d_table, table), (log_prob, weight))
+    )
+    return d_rows, d_table, None, d_weights
 
 
 _weighted.defvjp(_weighted_forward, _weighted_backward)

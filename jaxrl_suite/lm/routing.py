@@ -76,8 +76,10 @@ def route(logits: Array, config: LanguageModelConfig, bias: Array | None = None)
 def _margins(scores: Array, experts: Array) -> Array:
     """By how much the chosen scores [T, k] exceed the largest that was not chosen (zero if all were)."""
     chosen = jax.nn.one_hot(experts, scores.shape[-1], dtype=bool).any(axis=1)
-    runner_up = jnp.max(jnp.where(chosen, 0.0, scores), axis=-1, keepdims=True)
-    return jnp.take_along_axis(scores, experts, axis=-1) - runner_up
+    left_out = jnp.where(chosen, 0.0, scores)
+    # Read at its place: the derivative of a maximum divides 0 by 0 where a compiler rounds its operand in two ways.
+    runner_up = top_k_indices(jax.lax.stop_gradient(left_out), 1)
+    return jnp.take_along_axis(scores, experts, axis=-1) - jnp.take_along_axis(left_out, runner_up, axis=-1)
 
 
 def _mask_groups(selection: Array, config: LanguageModelConfig) -> Array:

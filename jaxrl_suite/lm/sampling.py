@@ -1,4 +1,4 @@
-"""The law that tokens are drawn from: temperature and truncations of the model's law, and the draw itself."""
+"""The law that tokens are drawn from: temperature and truncations of the model's law."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxrl_suite.config import Config, check, field
 from jaxrl_suite.lm.layers import wide
-from jaxrl_suite.types import Array, PRNGKey
+from jaxrl_suite.types import Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,39 +104,3 @@ def _largest_threshold(logits: Array, accepted) -> Array:
     low = keys.min(axis=-1, keepdims=True)
     low, _ = jax.lax.fori_loop(0, bits, halve, (low, keys.max(axis=-1, keepdims=True) + 1))
     return jax.lax.bitcast_convert_type(jnp.where(low < 0, low ^ jnp.iinfo(integer).max, low), logits.dtype)
-
-
-def draw(keys: PRNGKey, logits: Array) -> tuple[Array, Array]:
-    """One token a row from ``softmax(logits)``, by inverting the distribution function in two levels.
-
-    A block of the vocabulary is drawn by its mass, then a token within it: two uniforms a row, where the Gumbel trick
-    wants one for every token of the vocabulary.
-
-    Args:
-        keys: [B], one a row, consumed.
-        logits: [B, V], unnormalised natural log-probabilities; -inf has no chance.
-
-    Returns:
-        tokens int32 [B], and their log-probabilities [B] in nats.
-    """
-    batch, vocabulary = logits.shape
-    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,), logits.dtype))(keys)
-    best = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-    width = max(1, int(vocabulary**0.5))
-    weights = jnp.pad(jnp.exp(logits - best), ((0, 0), (0, -vocabulary % width))).reshape(batch, -1, width)
-    masses = weights.sum(axis=-1)
-    block = _invert(masses, uniforms[:, 0])
-    inside = _invert(jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0], uniforms[:, 1])
-    tokens = block * width + inside
-    normaliser = best[:, 0] + jnp.log(masses.sum(axis=-1))
-    return tokens, jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - normaliser
-
-
-def _invert(weights: Array, uniforms: Array) -> Array:
-    """Index of the first entry whose running sum exceeds ``uniform * total``; never one of weight zero."""
-    weights = jax.lax.stop_gradient(weights)
-    sums = jnp.cumsum(weights, axis=-1)
-    target = uniforms[:, None] * sums[:, -1:]
-    columns = jnp.arange(weights.shape[-1], dtype=jnp.int32)[None]
-    last = jnp.where(weights > 0, columns, 0).max(axis=-1)  # rounding may push the target past the last sum
-    return jnp.minimum((sums <= target).sum(axis=-1, dtype=jnp.int32), last)

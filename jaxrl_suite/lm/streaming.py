@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_suite.distributions import draw_token
 from jaxrl_suite.lm.cache import DecodeParams, DecodeState, decode_params, decode_step, prefill
 from jaxrl_suite.lm.config import LanguageModelConfig
-from jaxrl_suite.lm.generation import left_pad, row_keys
+from jaxrl_suite.lm.generation import check_prompts, left_pad, row_keys
 from jaxrl_suite.lm.model import LanguageModel
-from jaxrl_suite.lm.sampling import Sampling, draw, sampling_logits
+from jaxrl_suite.lm.sampling import Sampling, sampling_logits
 from jaxrl_suite.types import Array, Params, PRNGKey
 
 prepare_decode = functools.partial(jax.jit, static_argnames=("config",))(decode_params)
@@ -43,12 +44,17 @@ def stream(
 
     Yields:
         Tokens, the stop token included.
+
+    Raises:
+        ValueError: the prompt is empty or holds tokens outside the vocabulary.
     """
-    if not isinstance(params, DecodeParams):
-        params = prepare_decode(params, config=model.config)
     length = -(-len(prompt) // pad_to) * pad_to
     prompts, mask = left_pad([list(prompt)], length=length)
-    keys = row_keys(key, jnp.asarray(np.asarray(row_id).reshape(1, -1)))
+    row_ids = np.asarray(row_id).reshape(1, -1)
+    check_prompts(prompts, mask, row_ids, model.config.vocab_size)
+    if not isinstance(params, DecodeParams):
+        params = prepare_decode(params, config=model.config)
+    keys = row_keys(key, jnp.asarray(row_ids))
     token, state = _begin(params, prompts, mask, keys, config=model.config, sampling=sampling)
     for step in range(1, sampling.max_tokens + 1):
         number = int(token[0])
@@ -61,7 +67,7 @@ def stream(
 def _pick(logits: Array, keys: PRNGKey, step: Any, sampling: Sampling) -> Array:
     if sampling.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return draw(jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling_logits(logits, sampling))[0]
+    return draw_token(jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling_logits(logits, sampling))[0]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling"))

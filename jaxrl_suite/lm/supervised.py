@@ -58,7 +58,7 @@ def supervised_loss(
         total: divisor; the sum of the batch's own weights by default.
 
     Returns:
-        Scalar in nats a token.
+        Scalar in nats a token; 0 where no token counts.
     """
     x, _ = forward(params, batch.tokens, config=config, segments=batch.segments)
     h = final_norm(params, x, config=config)
@@ -67,7 +67,7 @@ def supervised_loss(
     targets, weight = (jnp.roll(part, -1, axis=1).reshape(-1) for part in (batch.tokens, weights))
     score = weighted_log_prob(h.reshape(-1, h.shape[-1]), head_table(params), targets, weight)
     total = weights.sum() if total is None else total
-    return -score / jnp.maximum(total, 1).astype(score.dtype)
+    return -score / jnp.where(total > 0, total, 1).astype(score.dtype)
 
 
 def _effective_weights(batch: SupervisedBatch) -> Array:

@@ -1,5 +1,6 @@
 """Where each parameter is stored under the names of Hugging Face folders and of GGUF files."""
 
+import math
 from typing import Literal, NamedTuple
 
 from jaxrl_suite.lm.config import LanguageModelConfig
@@ -122,19 +123,12 @@ def _piece(
     path: str, name: str, index: tuple[int, ...], shape: Shape, config: LanguageModelConfig, scheme: Scheme
 ) -> Stored:
     if path.endswith(("scale", "_norm", "_bias")):
-        size = 1
-        for axis in shape:
-            size *= axis
-        return Stored(name, index, (size,), "same")
+        return Stored(name, index, (math.prod(shape),), "same")
     if path.endswith("shared_gate"):
         return Stored(name, index, shape if scheme == "gguf" else (1, *shape), "same")
     experts, matrix = ((), shape) if len(index) == 2 or "experts" not in path else (shape[:1], shape[1:])
     inputs = _NUM_INPUTS.get(path, 1)
-    rows = columns = 1
-    for axis in matrix[:inputs]:
-        columns *= axis
-    for axis in matrix[inputs:]:
-        rows *= axis
+    rows, columns = math.prod(matrix[inputs:]), math.prod(matrix[:inputs])
     interleaved = scheme == "gguf" and config.family in ("llama", "mistral", "mixtral")
     twisted = interleaved and path.endswith(("query", "key"))
     return Stored(name, index, (*experts, rows, columns), "interleaved" if twisted else "matrix")

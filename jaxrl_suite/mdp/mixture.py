@@ -7,6 +7,7 @@ from flax import struct
 from jax.typing import ArrayLike
 
 from jaxrl_suite.config import check
+from jaxrl_suite.distributions import invert_cdf
 from jaxrl_suite.mdp.bounds import parameter_bound
 from jaxrl_suite.mdp.tabular import TabularMDP, check_successors, tabular_mdp
 from jaxrl_suite.types import Array
@@ -212,10 +213,7 @@ def step_index(mdp: LinearMixtureMDP, uniform: Array, state: Array, action: Arra
     Returns:
         int32 [], with ``successors[state, action, j]`` the next state.
     """
-    probs = mdp.features[state, action] @ mdp.theta
-    total = jnp.cumsum(probs)
-    last = probs.shape[0] - 1 - jnp.argmax((probs > 0)[::-1])
-    return jnp.minimum(jnp.sum(total <= uniform * total[-1]), last).astype(jnp.int32)
+    return invert_cdf(mdp.features[state, action] @ mdp.theta, uniform)
 
 
 def simulate(mdp: LinearMixtureMDP, key: jax.Array, policy: Array) -> tuple[Array, Array]:

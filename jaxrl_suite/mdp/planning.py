@@ -18,7 +18,7 @@ class PlanOutput(NamedTuple):
         values: [S], optimal values.
         action_values: [S, A].
         policy: int32 [S], greedy; ties go to the lowest index.
-        residual: [], largest Bellman error of ``values``.
+        residual: [], largest Bellman error of ``values``; without derivative.
         converged: bool [], whether the residual reached the tolerance.
     """
 
@@ -79,7 +79,7 @@ def value_iteration(mdp: TabularMDP, *, tolerance: float | None = None, max_iter
     """
     values = bellman_fixed_point(mdp, greedy_value, tolerance, max_iterations)
     action_values = bellman_values(mdp, values)
-    residual = jnp.max(jnp.abs(jnp.max(action_values, axis=-1) - values))
+    residual = jax.lax.stop_gradient(jnp.max(jnp.abs(greedy_value(action_values) - values)))
     policy = jnp.argmax(action_values, axis=-1).astype(jnp.int32)
     return PlanOutput(values, action_values, policy, residual, has_converged(residual, values, tolerance))
 
@@ -158,7 +158,7 @@ def backward_induction(mdp: TabularMDP, horizon: int | None = None) -> FinitePla
 
     def back(values: Array, step_reward: Array) -> tuple[Array, tuple[Array, Array]]:
         action_values = step_reward + expected_value(mdp, values)
-        values = jnp.max(action_values, axis=-1)
+        values = greedy_value(action_values)
         return values, (values, action_values)
 
     last = jnp.zeros(mdp.num_states, reward.dtype)

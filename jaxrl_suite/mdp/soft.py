@@ -19,7 +19,7 @@ class SoftPlan(NamedTuple):
         values: [S] (discounted) or [H + 1, S], soft values; entropy counts in nats times the temperature.
         action_values: [S, A] or [H, S, A].
         temperature: [], the beta of ``V = beta log sum exp(Q / beta)``.
-        residual: [], largest soft Bellman error; 0 for a finite horizon, which is exact.
+        residual: [], largest soft Bellman error, without derivative; 0 for a finite horizon, which is exact.
         converged: bool [].
     """
 
@@ -65,7 +65,7 @@ def soft_value_iteration(
     temperature = _temperature(temperature, mdp)
     values = bellman_fixed_point(mdp, lambda q: soft_maximum(q, temperature), tolerance, max_iterations)
     action_values = bellman_values(mdp, values)
-    residual = jnp.max(jnp.abs(soft_maximum(action_values, temperature) - values))
+    residual = jax.lax.stop_gradient(jnp.max(jnp.abs(soft_maximum(action_values, temperature) - values)))
     return SoftPlan(values, action_values, temperature, residual, has_converged(residual, values, tolerance))
 
 

@@ -30,11 +30,14 @@ def test_draw_token_follows_the_law_of_distrax(key, size):
     """Chi-square of 20,000 draws, grouped into 7 cells of about equal mass, against the exact probabilities."""
     logits = 2.0 * jax.random.normal(jax.random.fold_in(key, size), (size,))
     logits = logits.at[size // 2].set(-jnp.inf)
-    draws = jax.jit(jax.vmap(distributions.draw_token, (0, None)))(jax.random.split(key, 20_000), logits)
-    probs = np.asarray(distributions.categorical(logits=logits).probs, np.float64)
-    assert not np.any(np.asarray(draws) == size // 2)
+    law = distributions.categorical(logits=logits)
+    one = jax.vmap(lambda k: jax.tree.map(lambda x: x[0], distributions.draw_token(k[None], logits[None])))
+    draws, log_probs = (np.asarray(x) for x in jax.jit(one)(jax.random.split(key, 20_000)))
+    probs = np.asarray(law.probs, np.float64)
+    assert not np.any(draws == size // 2)
+    np.testing.assert_allclose(log_probs, np.asarray(jax.nn.log_softmax(logits))[draws], atol=1e-5)
     cells = np.minimum((np.cumsum(probs / probs.sum()) * 7).astype(int), 6)
-    counts, mass = np.bincount(cells[np.asarray(draws)], minlength=7), np.bincount(cells, probs, minlength=7)
+    counts, mass = np.bincount(cells[draws], minlength=7), np.bincount(cells, probs, minlength=7)
     used = mass > 0
     statistic = np.sum((counts - 20_000 * mass)[used] ** 2 / (20_000 * mass[used]))
     assert statistic < 27.9  # 99.99 % point of chi-square with 6 degrees of freedom: 27.86
@@ -42,14 +45,27 @@ def test_draw_token_follows_the_law_of_distrax(key, size):
 
 def test_draw_token_rows_depend_on_their_own_key_alone(key):
     keys, logits = jax.random.split(key, 5), jax.random.normal(key, (5, 40))
-    drawn = distributions.draw_token(keys, logits, block=8)
-    single = jnp.stack([distributions.draw_token(keys[i], logits[i], block=8) for i in range(5)])
-    assert_close(drawn, single)
+    drawn = distributions.draw_token(keys, logits)
     order = jnp.array([3, 0, 4, 1, 2])
-    assert_close(distributions.draw_token(keys[order], logits[order], block=8), drawn[order])
+    assert_close(distributions.draw_token(keys[order], logits[order]), tuple(part[order] for part in drawn))
 
 
 def test_draw_token_of_a_point_mass(key):
-    logits = jnp.full(1000, -jnp.inf).at[613].set(0.0)
-    drawn = jax.vmap(distributions.draw_token, (0, None))(jax.random.split(key, 50), logits)
+    logits = jnp.full((50, 1000), -jnp.inf).at[:, 613].set(0.0)
+    drawn, log_probs = distributions.draw_token(jax.random.split(key, 50), logits)
     assert set(np.asarray(drawn).tolist()) == {613}
+    np.testing.assert_allclose(log_probs, 0.0, atol=1e-6)
+
+
+def test_nothing_without_mass_is_drawn():
+    """Running sums taken in parallel rise up to rounding only: uniforms at which they seem to rise at an empty entry,
+    and the largest uniform there is."""
+    generator = np.random.default_rng(0)
+    mass = generator.uniform(size=(300, 64)) * (generator.uniform(size=(300, 64)) < 0.6)
+    mass = jnp.asarray(mass.astype(np.float32))
+    sums = np.asarray(jax.jit(lambda x: jnp.cumsum(x, axis=-1))(mass))
+    shares = sums / sums[:, -1:]
+    steps = np.float32(2.0**-24) * np.arange(-4, 5, dtype=np.float32)
+    uniforms = np.clip(shares[:, :, None] + steps, 0, np.float32(1 - 2.0**-24)).astype(np.float32).reshape(300, -1)
+    index = jax.jit(jax.vmap(jax.vmap(distributions.invert_cdf, (None, 0))))(mass, uniforms)
+    assert float(jnp.min(jnp.take_along_axis(mass, index, axis=1))) > 0

@@ -41,3 +41,11 @@ def test_kl_agrees_with_distrax_and_is_infinite_outside_the_support():
     assert_close(distributions.kl_divergence(p, q), by_distrax, "reference")
     assert jnp.isinf(distributions.kl_divergence(jnp.array([0.5, 0.5]), jnp.array([1.0, 0.0])))
     assert float(distributions.kl_divergence(jnp.array([1.0, 0.0]), jnp.array([0.5, 0.5]))) == 1.0
+
+
+def test_not_a_number_is_not_taken_for_zero():
+    """The mark of what is no law must not come out as a law of no entropy."""
+    law, bad = jnp.array([0.5, 0.5]), jnp.array([0.5, jnp.nan])
+    assert jnp.isnan(distributions.entropy(bad)) and jnp.isnan(distributions.mutual_information(jnp.diag(bad)))
+    assert jnp.isnan(distributions.kl_divergence(bad, law))
+    assert float(distributions.entropy(jnp.array([1.0, -1e-9]))) == 0  # rounding below zero is no mass

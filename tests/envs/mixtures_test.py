@@ -74,6 +74,18 @@ def test_frozen_lake_is_its_own_table_and_its_known_optimum(x64):
     assert abs(returns.mean() - 0.7442) < 4 * (0.7442 * 0.2558 / 400) ** 0.5
 
 
+def test_every_move_is_played_where_rewards_are_paid_on_the_way(x64):
+    """A lake that pays 0.1 a frozen tile: two moves along its left shore earn 0.2, in gymnasium and in the class."""
+    pytest.importorskip("gymnasium")
+    options = {"map_name": "4x4", "is_slippery": True, "reward_schedule": (1, 0, 0.1)}
+    world = gymnasium_world("FrozenLake-v1", max_steps=2, **options)
+    left = np.zeros((world.horizon, world.mdp.num_states), int)
+    assert play(world, left, 1, seed=0).tolist() == pytest.approx([0.2])
+    mdp, rewards = world.mdp, jnp.array(world.rewards)[None]
+    value = policy_values(mdp.kernel(), mdp.successors, mdp.start, jnp.array(left)[None], rewards)[0]
+    assert world.to_units(float(value)) == pytest.approx(0.2)
+
+
 TABLES = {
     "CliffWalking-v1": {"is_slippery": True, "max_steps": 30},
     "Taxi-v4": {"is_rainy": True, "max_steps": 20},
@@ -146,6 +158,13 @@ def test_unequal_kernels_are_refused_by_name():
         mixtures.from_kernels(kernels, np.array([0.5, 0.5]))
     with pytest.raises(ValueError, match="kernels"):
         mixtures.from_kernels(kernels[0], np.array([1.0]))
+
+
+def test_bad_layouts_and_regions_are_named():
+    with pytest.raises(ValueError, match=r"layout=.*rows must have equal length"):
+        mixtures.gridworld(("S...", "..", "......"))
+    with pytest.raises(ValueError, match="num_regions=0"):
+        mixtures.riverswim(num_regions=0)
 
 
 def test_values_of_the_lock_by_hand(x64):

@@ -55,3 +55,8 @@ def test_weighted_sums_end_at_the_extremes_of_concave_fronts(x64):
 def test_quadratics_by_hand(x64):
     curvature, centres = jnp.stack([jnp.eye(2), 2 * jnp.eye(2)]), jnp.array([[1.0, 0.0], [0.0, 1.0]])
     np.testing.assert_allclose(test_functions.quadratics(jnp.zeros(2), curvature, centres), [0.5, 1.0])
+
+
+def test_unknown_fronts_are_refused():
+    with pytest.raises(ValueError, match="name='zdt3': must be one of zdt1, zdt2, dtlz2_2"):
+        test_functions.known_front("zdt3")

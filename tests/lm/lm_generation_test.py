@@ -151,3 +151,10 @@ def test_sequence_law_steps_equal_the_forward_pass(config):
 def test_bad_prompts_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         run(**change)
+
+
+def test_streams_refuse_what_generation_refuses(key):
+    model, params = setup(CONFIG)
+    for prompt, message in (([400], "below the vocabulary of 23"), ([], "every prompt needs a token")):
+        with pytest.raises(ValueError, match=message):
+            next(lm.stream(key, model, params, prompt, sampling=lm.Sampling(max_tokens=2)))

@@ -67,3 +67,11 @@ def test_weighted_sum_with_early_gradient_equals_autodiff(key):
     actual = jax.jit(jax.value_and_grad(lambda *a: 3 * early(*a), argnums=(0, 1, 2)))(h, table, weights)
     assert_close(actual, expected, "reference")
     assert_close(early(h, table, weights), plain(h, table, weights), "reference")
+
+
+def test_gradient_in_float16_is_scaled_before_it_is_rounded():
+    """The sum over 20,000 tokens is beyond float16, their mean is not."""
+    h, table = jnp.full((20_000, 2), 8.0, jnp.float16), jnp.zeros((2, 2), jnp.float16)
+    tokens, weights = jnp.zeros(20_000, jnp.int32), jnp.ones(20_000)
+    gradient = jax.jit(jax.grad(lambda t: lm.weighted_log_prob(h, t, tokens, weights, chunk=5_000) / 20_000))(table)
+    np.testing.assert_allclose(gradient, [[4.0, 4.0], [-4.0, -4.0]], rtol=1e-3)

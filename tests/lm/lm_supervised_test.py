@@ -43,6 +43,14 @@ def test_loss_is_the_weighted_mean_over_tokens_and_accumulation_does_not_change_
     np.testing.assert_allclose(whole[1]["loss/nats_per_token"], expected, rtol=1e-5)
 
 
+def test_loss_is_a_mean_whatever_the_scale_of_the_weights(key):
+    """Weights that sum to less than one are weights like any other; without any the loss is zero."""
+    params, batch = lm_decoder.parameters(CONFIG), make_batch(key)
+    loss = jax.jit(lambda w: lm.supervised_loss(params, batch._replace(weights=w), config=CONFIG))
+    np.testing.assert_allclose(loss(1e-3 * batch.weights), loss(batch.weights), rtol=1e-5)
+    assert float(loss(0 * batch.weights)) == 0
+
+
 def test_learning_a_fixed_text():
     """Fifty steps bring the loss on a repeated text far below the uniform law."""
     tokens = jnp.tile(jnp.array([1, 5, 2, 9, 7, 3, 3, 8], jnp.int32), (4, 4))
