@@ -81,7 +81,7 @@ def coupling_bounds_multi(marginals: Array) -> CouplingBounds:
     return _bounds(tuple(marginals))
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _bounds(laws: tuple[Array, ...]) -> CouplingBounds:
     valid = functools.reduce(jnp.logical_and, [is_law(p) for p in laws])
     laws = tuple(p / jnp.sum(p) for p in laws)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxrl_suite.config import check
 from jaxrl_suite.coupling.kernels import Kernel, Steps, plain_kernel, small_kernel, zero_kernel
 from jaxrl_suite.coupling.rank_rounds import large_kernel
-from jaxrl_suite.coupling.sparse import SparseCoupling, as_laws, check_law, is_law
+from jaxrl_suite.coupling.sparse import SparseCoupling, as_laws, check_law, is_concrete, is_law
 from jaxrl_suite.coupling.tape import COLUMN, IDLE, ROW, Tape, weights_of_tape
 from jaxrl_suite.types import Array
 
@@ -53,7 +53,6 @@ def greedy_coupling(p: Array, q: Array, *, rule: Rule = "max", kernel: KernelNam
     >>> coupling.indices.tolist(), coupling.weights.tolist()
     ([[0, 0], [1, 0], [1, 1]], [0.5, 0.25, 0.25])
     """
-    check(rule in _RULES, argument="rule", value=rule, rule=f"must be one of {', '.join(_RULES)}")
     check(
         kernel in ("auto", *_KERNELS),
         argument="kernel",
@@ -69,7 +68,7 @@ def greedy_coupling(p: Array, q: Array, *, rule: Rule = "max", kernel: KernelNam
 
 
 def _check_equal_totals(p: Array, q: Array) -> None:
-    if not isinstance(p, jax.core.Tracer) and not isinstance(q, jax.core.Tracer):
+    if is_concrete(p, q):
         totals = int(jnp.sum(p)), int(jnp.sum(q))
         check(totals[0] == totals[1], argument="sums of p and q", value=totals, rule="counts must have equal totals")
 
@@ -118,7 +117,12 @@ def solve(kernel: Kernel, p: Array, q: Array) -> tuple[Tape, Array]:
 
 
 def kernels_of(rule: Rule, num_rows: int, num_columns: int, kernel: str = "auto") -> list[Kernel]:
-    """The kernels that a rule runs."""
+    """The kernels that a rule runs.
+
+    Raises:
+        ValueError: unknown rule.
+    """
+    check(rule in _RULES, argument="rule", value=rule, rule=f"must be one of {', '.join(_RULES)}")
     largest = _KERNELS[_choose(num_rows, num_columns) if kernel == "auto" else kernel]
     return {"max": [largest], "zero": [zero_kernel], "best": [largest, zero_kernel]}[rule]
 

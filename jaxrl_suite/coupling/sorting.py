@@ -49,14 +49,16 @@ def sort_descending(x: Array, *, exchanges: bool = False) -> tuple[Array, Array]
 
 def _by_digits(keys: Array, key_bits: int, digit_bits: int, index_bits: int) -> Array:
     position = jax.lax.broadcasted_iota(keys.dtype, keys.shape, keys.ndim - 1)
-    order = None
-    for shift in range(0, key_bits, digit_bits):
-        current = keys if order is None else jnp.take_along_axis(keys, order, axis=-1)
-        digit = jax.lax.shift_right_logical(current, jnp.full_like(current, shift)) & ((1 << digit_bits) - 1)
+
+    def by_digit(keys: Array, shift: int) -> Array:
+        digit = jax.lax.shift_right_logical(keys, jnp.full_like(keys, shift)) & ((1 << digit_bits) - 1)
         packed = jnp.sort((digit << index_bits) | position, axis=-1)
-        place = (packed & ((1 << index_bits) - 1)).astype(jnp.int32)
-        order = place if order is None else jnp.take_along_axis(order, place, axis=-1)
-    assert order is not None
+        return (packed & ((1 << index_bits) - 1)).astype(jnp.int32)
+
+    order = by_digit(keys, 0)
+    for shift in range(digit_bits, key_bits, digit_bits):
+        place = by_digit(jnp.take_along_axis(keys, order, axis=-1), shift)
+        order = jnp.take_along_axis(order, place, axis=-1)
     return order
 
 

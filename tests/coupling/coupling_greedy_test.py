@@ -12,7 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_suite.coupling import SparseCoupling, coupling_bounds, greedy_coupling, greedy_coupling_multi
+from jaxrl_suite.coupling import (
+    SparseCoupling,
+    certified_coupling,
+    coupling_bounds,
+    greedy_coupling,
+    greedy_coupling_multi,
+    polished_coupling,
+)
 from tests.reference import coupling_greedy as oracle
 from tests.reference.coupling_bounds import majorization
 from tests.reference.coupling_exact import exact_entropies, exact_entropy_by_search
@@ -281,3 +288,10 @@ def test_gradient_has_no_nan_at_zero_mass():
     for rule in ("max", "best"):
         gradients = jax.jit(jax.grad(lambda p, q, r=rule: greedy_coupling(p, q, rule=r).entropy, argnums=(0, 1)))(p, q)
         assert all(bool(jnp.all(jnp.isfinite(g))) for g in gradients)
+
+
+def test_every_coupling_names_an_unknown_rule():
+    p = jnp.array([0.5, 0.5])
+    for function in (greedy_coupling, polished_coupling, certified_coupling):
+        with pytest.raises(ValueError, match="rule='median': must be one of max, zero, best"):
+            function(p, p, rule="median")
