@@ -10,10 +10,9 @@ import numpy as np
 from experiments.common.study import Result, Study
 from experiments.reward_free.measures import bank_of, mean_and_half, measure
 from experiments.reward_free.presets import PRESETS
-from jaxrl_suite.config import Config, field
+from jaxrl_suite.config import Config, check, field
 from jaxrl_suite.envs.mixtures import lock
-from jaxrl_suite.reward_free import ExplorerConfig
-from jaxrl_suite.reward_free.config import HParams
+from jaxrl_suite.reward_free import ExplorerConfig, HParams
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,6 +49,11 @@ class AblationsConfig(Config):
     num_episodes: int = field(150, help="episodes K")
     num_runs: int = field(8, help="independent runs")
     variants: tuple[str, ...] = field(tuple(VARIANTS), help="which parts to vary")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = [name for name in self.variants if name not in VARIANTS]
+        check(not unknown, argument="variants", value=unknown, rule=f"must be among {', '.join(VARIANTS)}")
 
 
 def run(run: "Run") -> Result:

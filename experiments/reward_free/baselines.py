@@ -11,8 +11,7 @@ from experiments.common.study import Result, Study
 from experiments.reward_free.measures import WORLDS, bank_of, mean_and_half, measure
 from experiments.reward_free.presets import PRESETS
 from jaxrl_suite.config import Config, check, field
-from jaxrl_suite.reward_free import ExplorerConfig
-from jaxrl_suite.reward_free.config import HParams
+from jaxrl_suite.reward_free import ExplorerConfig, HParams
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,8 +54,9 @@ class BaselinesConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unknown = [name for name in self.worlds if name not in WORLDS]
-        check(not unknown, argument="worlds", value=unknown, rule=f"must be among {', '.join(WORLDS)}")
+        for argument, known in (("worlds", WORLDS), ("explorers", EXPLORERS)):
+            unknown = [name for name in getattr(self, argument) if name not in known]
+            check(not unknown, argument=argument, value=unknown, rule=f"must be among {', '.join(known)}")
 
 
 def run(run: "Run") -> Result:
@@ -66,8 +66,10 @@ def run(run: "Run") -> Result:
     for name in run.progress(config.worlds, "worlds"):
         world, horizon = WORLDS[name](), config.horizon * (4 if name.startswith("frozen") else 1)
         bank = bank_of(world, horizon, num_random=config.num_random_rewards)
-        for explorer, changes in ((name, EXPLORERS[name]) for name in config.explorers):
-            settings = ExplorerConfig(horizon=horizon, num_episodes=config.num_episodes, output="final", **changes)
+        for explorer in config.explorers:
+            settings = ExplorerConfig(
+                horizon=horizon, num_episodes=config.num_episodes, output="final", **EXPLORERS[explorer]
+            )
             found = run.stage(
                 f"{name}_{explorer}", lambda s=settings, w=world, b=bank: measure(w, s, HParams(), keys, b)
             )

@@ -11,27 +11,43 @@ import numpy as np
 from experiments.common.study import Result, Study
 from experiments.reward_free.measures import WORLDS, bank_of
 from experiments.reward_free.presets import PRESETS
-from jaxrl_suite.config import Config, field
+from jaxrl_suite.config import Config, check, field
 from jaxrl_suite.envs.gymnasium_tables import gymnasium_world
-from jaxrl_suite.reward_free import ExplorerConfig, advance, certificate, finish, init_explorer, plan, suboptimality
-from jaxrl_suite.reward_free.config import HParams
+from jaxrl_suite.reward_free import (
+    ExplorerConfig,
+    HParams,
+    advance,
+    certificate,
+    finish,
+    init_explorer,
+    plan,
+    suboptimality,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from experiments.common.run import Run
 
+_LAKE = "frozen_lake_4x4"  # explored with its own time limit
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CertificatesConfig(Config):
     """Worlds and episodes; UCRL-RFE explores, whose plain regression has the smallest proven radius."""
 
-    worlds: tuple[str, ...] = field(("lock", "frozen_lake_4x4"), help="lock, frozen_lake_4x4 or another world")
+    worlds: tuple[str, ...] = field(("lock", _LAKE), help="lock, frozen_lake_4x4 or another world")
     num_chunks: int = field(60, help="most checkpoints at which the certificate is read; it ends at the target")
     chunk_episodes: int = field(1000, help="episodes between two checkpoints")
     horizon: int = field(16, help="steps an episode (FrozenLake: its own time limit)")
     target: float = field(0.5, help="certificate to reach")
     delta: float = field(0.05, help="failure probability of the certificate")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = (*WORLDS, _LAKE)
+        unknown = [name for name in self.worlds if name not in known]
+        check(not unknown, argument="worlds", value=unknown, rule=f"must be among {', '.join(known)}")
 
 
 def run(run: "Run") -> Result:
@@ -53,7 +69,7 @@ def run(run: "Run") -> Result:
 
 def _curve(run: "Run", config: CertificatesConfig, name: str) -> dict[str, np.ndarray]:
     horizon = config.horizon
-    if name == "frozen_lake_4x4":
+    if name == _LAKE:
         lake = gymnasium_world("FrozenLake-v1", map_name="4x4", is_slippery=True)
         world, horizon = lake.mdp, lake.horizon
     else:
@@ -67,7 +83,7 @@ def _curve(run: "Run", config: CertificatesConfig, name: str) -> dict[str, np.nd
 
     @jax.jit
     def read(state, history):
-        found = finish(world, settings, hparams, state, history)
+        found = finish(world, settings, state, history)
         sealed = certificate(world, settings, hparams, found)
         return sealed.bound, sealed.decoupled, jnp.max(suboptimality(world, plan(found, bank).actions, bank))
 

@@ -12,8 +12,7 @@ from experiments.common.study import Result, Study
 from experiments.reward_free.presets import PRESETS
 from jaxrl_suite.config import Config, field
 from jaxrl_suite.envs.mixtures import lock
-from jaxrl_suite.reward_free import ExplorerConfig, explore, paper_radius
-from jaxrl_suite.reward_free.config import HParams
+from jaxrl_suite.reward_free import ExplorerConfig, HParams, explore, paper_radius
 from jaxrl_suite.reward_free.radius import scales
 
 if TYPE_CHECKING:

@@ -61,11 +61,9 @@ def _one(key: jax.Array, config: LearnedRidgeConfig) -> dict[str, jax.Array]:
     world = region_chain(stall=(0.05, 0.2, 0.5, 0.9))
     play_key, function_key = jax.random.split(key)
     functions = jax.random.uniform(function_key, (3, config.num_episodes, world.num_states))
-    sets = []
-    for index, (k, f) in enumerate(zip(jax.random.split(play_key, 3), functions, strict=True)):
-        del index
-        sets.append(_data(k, f, world, config))
-    train, held_out, test = sets
+    train, held_out, test = (
+        _data(k, f, world, config) for k, f in zip(jax.random.split(play_key, 3), functions, strict=True)
+    )
     nominal, dimension = world.nominal, world.dimension
 
     def theta(log_ridge: jax.Array, log_scales: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from jaxrl_suite.envs.gymnasium_tables import gymnasium_world
 from jaxrl_suite.mdp import LinearMixtureMDP
 from jaxrl_suite.reward_free import (
     ExplorerConfig,
+    HParams,
     advance,
     certificate,
     explore,
@@ -24,7 +25,6 @@ from jaxrl_suite.reward_free import (
     suboptimality,
     value_error,
 )
-from jaxrl_suite.reward_free.config import HParams
 from jaxrl_suite.reward_free.hf import HFState, exploration_radius, pooled
 from jaxrl_suite.reward_free.oracles import start_logits
 from jaxrl_suite.reward_free.radius import scales
@@ -129,7 +129,7 @@ def _advance_seeds(world, config, state, start, chunk):
 @functools.partial(jax.jit, static_argnames=("config", "certified"))
 def _read_seeds(world, config, state, history, bank, *, certified=False):
     def one(state, history):
-        found = finish(world, config, HParams(), state, history)
+        found = finish(world, config, state, history)
         planned = plan(found, bank).actions
         losses = suboptimality(world, planned, bank)
         error = jnp.max(value_error(world, found, planned, bank))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _EXPLORERS = {"ucrl_rfe": "explored once (UCRL-RFE)", "hf_ucrl_rfe_pp": "explored once (HF-UCRL-RFE++)"}
 _RULES = {"schedule": "RL, weights swept", "hypervolume_gradient": "RL, weights by the hypervolume"}
+_LABELS = {**_EXPLORERS, **_RULES, "fixed": "RL, fixed weightings"}
 _MEASURES = ("hypervolume", "igd_plus", "reached")
 
 
@@ -207,7 +208,7 @@ def _proof(world, config: EveryPreferenceConfig, key: jax.Array) -> dict[str, np
     def prove(key):
         state = init_explorer(key, world.mdp, settings, hparams)
         state, history = advance(world.mdp, settings, hparams, state, jnp.int32(0), config.proof_episodes)
-        found = finish(world.mdp, settings, hparams, state, history)
+        found = finish(world.mdp, settings, state, history)
         sealed = certificate(world.mdp, settings, hparams, found)
         return sealed, preferences.plan_all(world, found.model, weights), found.finite
 
@@ -226,12 +227,6 @@ def _proof(world, config: EveryPreferenceConfig, key: jax.Array) -> dict[str, np
     }
 
 
-def label_of(name: str, num_fixed: int = 0) -> str:
-    """What a series is called in figures."""
-    fixed = f"RL, {num_fixed} fixed weightings" if num_fixed else "RL, fixed weightings"
-    return {**_EXPLORERS, **_RULES, "fixed": fixed}[name]
-
-
 def figures(result: Result) -> Mapping[str, "Figure"]:
     """The fronts beside each other, the measures against episodes, the certified band."""
     return {"fronts": _draw_fronts(result.arrays), "episodes": _draw_episodes(result.arrays)}
@@ -244,7 +239,7 @@ def _draw_fronts(arrays: Mapping[str, np.ndarray]) -> "Figure":
     for index, name in enumerate(str(x) for x in arrays["series"]):
         style = {**plots.series_style(index), "linestyle": "", "markersize": 4.5, "alpha": 0.9}
         points = arrays[f"{name}/shown"]
-        label = f"{label_of(name)}: {len(points)} points"
+        label = f"{_LABELS[name]}: {len(points)} points"
         left.plot(*points.T, label=label, zorder=3 if name in _EXPLORERS else 4, **style)
     left.set(xlabel="light (share of the most there is)", ylabel="warmth (share of the most there is)")
     left.set_title(f"{int(arrays['episodes'][-1])} episodes in all, first run")
@@ -283,7 +278,7 @@ def _draw_episodes(arrays: Mapping[str, np.ndarray]) -> "Figure":
     for axes, (measure, scale, label) in zip(panels, shown, strict=True):
         for index, name in enumerate(str(x) for x in arrays["series"]):
             values = scale * arrays[f"{name}/{measure}"]
-            plots.line_with_interval(axes, arrays["episodes"], values, label=label_of(name), index=index)
+            plots.line_with_interval(axes, arrays["episodes"], values, label=_LABELS[name], index=index)
         blind = scale * float(arrays[f"truth/unexplored_{measure}"])
         axes.axhline(blind, color="#777777", linestyle=(0, (4, 2)), linewidth=1.2, label="planned unexplored")
         axes.set(xscale="log", xlabel="episodes in all", ylabel=label)

@@ -4,6 +4,7 @@ Everything is a pure function of one run; the study vmaps over runs. A *weightin
 of a weighting is the weighted sum of the objectives' rewards, so that every weighting is one reward of the class.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -133,7 +134,7 @@ def explore_at(
     state, found, done = init_explorer(key, mdp, config, hparams), [], 0
     for total in episodes:
         state, history = advance(mdp, config, hparams, state, jnp.int32(done), total - done)
-        found.append(finish(mdp, config, hparams, state, history))
+        found.append(finish(mdp, config, state, history))
         done = total
     return found
 
@@ -202,7 +203,7 @@ def learn_dynamic(
     start = (init_explorer(key, mdp, config, hparams), rule.init(), first, jnp.zeros_like(first))
     (state, *_), (policies, weights, records) = jax.lax.scan(episode, start, jnp.arange(num_episodes))
     history = jax.tree.map(lambda part: part.reshape(num_episodes, *part.shape[2:]), records)
-    return values_of(world, policies), finish(mdp, config, hparams, state, history).model, weights
+    return values_of(world, policies), finish(mdp, config, state, history).model, weights
 
 
 def sweep_rule(num_episodes: int) -> pareto.WeightRule:
@@ -243,10 +244,11 @@ def measures(reference: Array, slack: float) -> Callable[[Array, Array], tuple[A
         front is reached if some point is within ``slack`` of it, or better, in every objective.
     """
 
-    @jax.jit
-    def measure(points: Array, front: Array) -> tuple[Array, Array, Array]:
-        volume = pareto.hypervolume(points, reference)
-        reached = jnp.any(jnp.all(points[None] >= front[:, None] - slack, axis=-1), axis=1)
-        return volume, pareto.igd_plus(points, front), jnp.mean(reached.astype(points.dtype))
+    return functools.partial(_measure, jnp.asarray(reference), slack)
 
-    return measure
+
+@jax.jit
+def _measure(reference: Array, slack: Array | float, points: Array, front: Array) -> tuple[Array, Array, Array]:
+    volume = pareto.hypervolume(points, reference)
+    reached = jnp.any(jnp.all(points[None] >= front[:, None] - slack, axis=-1), axis=1)
+    return volume, pareto.igd_plus(points, front), jnp.mean(reached.astype(points.dtype))

@@ -76,7 +76,7 @@ def width_episode(
     rewards = jnp.broadcast_to(pseudo, (config.horizon, *pseudo.shape))
     planner = min(1, len(radius) - 1)  # UCRL-RFE+ plans with its variance-weighted regression
     answer = optimistic_plan(mdp, solved.theta[planner, 0], solved.inverse[planner, 0], radius[planner], rewards)
-    states, actions, indices, *samples = _play(mdp, config, hparams, solved, radius, answer, widest, key)
+    states, actions, indices, *samples = _play(mdp, config, solved, radius, answer, widest, key)
     statistics = add_samples(state.statistics, *samples)
     record = Record(
         states=states,
@@ -136,7 +136,6 @@ def _radii(mdp: LinearMixtureMDP, config: ExplorerConfig, hparams: HParams, stat
 def _play(
     mdp: LinearMixtureMDP,
     config: ExplorerConfig,
-    hparams: HParams,
     solved: RidgeFit,
     radius: Array,
     answer: OracleAnswer,

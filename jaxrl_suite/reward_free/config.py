@@ -15,6 +15,7 @@ AlgorithmName = Literal[
     "uniform",
 ]
 WIDTH_ALGORITHMS = ("ucrl_rfe", "ucrl_rfe_plus")  # one regression each that plans and certificates read
+PLAIN_ALGORITHMS = ("unweighted", *WIDTH_ALGORITHMS)  # whose output regression weighs every sample alike
 RadiusMode = Literal["paper", "selfnorm", "fixed", "subgaussian"]
 
 

@@ -83,7 +83,7 @@ def explore(
     warn_if_imprecise(mdp, config, hparams)
     state = init_explorer(key, mdp, config, hparams)
     state, history = advance(mdp, config, hparams, state, jnp.int32(0), config.num_episodes, reward=reward)
-    return finish(mdp, config, hparams, state, history)
+    return finish(mdp, config, state, history)
 
 
 def init_explorer(key: PRNGKey, mdp: LinearMixtureMDP, config: ExplorerConfig, hparams: HParams) -> ExplorerState:
@@ -131,13 +131,11 @@ def advance(
         episode_key = jax.random.fold_in(state.key, episode)
         return play_episode(mdp, config, hparams, inner, episode_key, episode, reward)
 
-    inner, records = jax.lax.scan(body, state.inner, start + jnp.arange(num_episodes))
+    inner, records = jax.lax.scan(body, state.inner, start + jnp.arange(num_episodes, dtype=jnp.int32))
     return ExplorerState(state.key, inner), records
 
 
-def finish(
-    mdp: LinearMixtureMDP, config: ExplorerConfig, hparams: HParams, state: ExplorerState, history: Record
-) -> Exploration:
+def finish(mdp: LinearMixtureMDP, config: ExplorerConfig, state: ExplorerState, history: Record) -> Exploration:
     """Turns the final state and the joined records into an :class:`Exploration`."""
     inner = state.inner
     if config.algorithm == "rf_ucrl":

@@ -65,7 +65,7 @@ def init_hf(mdp: LinearMixtureMDP, config: ExplorerConfig, hparams: HParams) -> 
         theta=center,
         score=jnp.asarray(jnp.inf, dtype),
     )
-    best = estimate(mdp, config, sizes, statistics, answer, jnp.int32(-1))
+    best = estimate(statistics, answer, jnp.int32(-1))
     return HFState(
         statistics,
         init_statistics((), sizes.ridge, center),
@@ -122,7 +122,7 @@ def hf_episode(
     played = _play(mdp, config, sizes, radius, solved, answer, play_key)
     statistics = add_samples(state.statistics, played.features, played.targets, played.weights)
     onehot = add_onehot(mdp, state.onehot, played.states, played.actions, played.indices)
-    now = estimate(mdp, config, sizes, state.statistics, answer, episode)
+    now = estimate(state.statistics, answer, episode)
     better = (now.uncertainty <= state.best.uncertainty) | (state.best.episode < 0)
     best = jax.tree.map(lambda new, old: jnp.where(better, new, old), now, state.best)
     if config.output == "last":
@@ -181,14 +181,7 @@ def pooled(statistics: RidgeStatistics) -> Array:
     return fit(RidgeStatistics(*(jnp.sum(part[:, 0], axis=0) for part in statistics))).theta
 
 
-def estimate(
-    mdp: LinearMixtureMDP,
-    config: ExplorerConfig,
-    sizes: Scales,
-    statistics: RidgeStatistics,
-    answer: OracleAnswer,
-    episode: Array,
-) -> Estimate:
+def estimate(statistics: RidgeStatistics, answer: OracleAnswer, episode: Array) -> Estimate:
     """What planning and certificate would read if this episode were the output."""
     gram = statistics.gram[:, 0]
     uncertainty = jnp.clip(answer.score, 0.0, 1.0)

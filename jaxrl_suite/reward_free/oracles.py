@@ -115,9 +115,7 @@ def start_logits(key: PRNGKey, last: Array, num_starts: int) -> Array:
     return jnp.concatenate([last[None], jnp.broadcast_to(drawn, (num_starts - 1, *last.shape))])
 
 
-def optimistic_plan(
-    mdp: LinearMixtureMDP, theta: Array, inverse: Array, radius: Array, rewards: Array, *, bonus: float = 1.0
-) -> OracleAnswer:
+def optimistic_plan(mdp: LinearMixtureMDP, theta: Array, inverse: Array, radius: Array, rewards: Array) -> OracleAnswer:
     """Optimistic values ``Q_h = clip01(r_h + phi_V . theta + radius |phi_V|)`` and their greedy policy.
 
     Args:
@@ -126,7 +124,6 @@ def optimistic_plan(
         inverse: [D, D], inverse gram matrix.
         radius: [].
         rewards: [H, S, A].
-        bonus: multiplies the radius.
 
     Returns:
         An answer whose ``values`` and ``uncertainty`` are both the optimistic values.
@@ -137,7 +134,7 @@ def optimistic_plan(
 
     def back(values: Array, step_reward: Array) -> tuple[Array, tuple[Array, Array, Array]]:
         features = integrated_features(mdp, values)
-        bracket = step_reward + features @ theta + bonus * radius * width(inverse, features)
+        bracket = step_reward + features @ theta + radius * width(inverse, features)
         score = jnp.max(bracket, axis=-1)
         values = jnp.clip(score, 0.0, 1.0)
         return values, (values, jnp.argmax(bracket, axis=-1).astype(jnp.int32), score[mdp.start])

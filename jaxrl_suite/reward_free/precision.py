@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_suite.mdp import LinearMixtureMDP
-from jaxrl_suite.reward_free.config import ExplorerConfig, HParams
+from jaxrl_suite.reward_free.config import PLAIN_ALGORITHMS, ExplorerConfig, HParams
 from jaxrl_suite.reward_free.regression import RidgeStatistics, fit
 from jaxrl_suite.types import Array
 
@@ -35,7 +35,7 @@ def warn_if_imprecise(mdp: LinearMixtureMDP, config: ExplorerConfig, hparams: HP
         return
     dimension, norm = mdp.dimension, _concrete(mdp.norm_bound, mdp.dimension**0.5)
     ridge = _concrete(hparams.ridge_scale, 1.0) * dimension / norm**2
-    plain = config.algorithm in ("unweighted", "ucrl_rfe", "ucrl_rfe_plus")
+    plain = config.algorithm in PLAIN_ALGORITHMS
     largest = 1.0 if plain else config.horizon / max(_concrete(hparams.floor_scale, 1.0), 1e-6) ** 2
     gram = ridge + config.num_episodes * config.horizon * largest
     rounding, radius = eps * norm * gram / ridge**0.5, dimension**0.5

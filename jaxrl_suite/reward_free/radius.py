@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from jaxrl_suite.mdp import LinearMixtureMDP
-from jaxrl_suite.reward_free.config import ExplorerConfig, HParams, RadiusMode
+from jaxrl_suite.reward_free.config import PLAIN_ALGORITHMS, WIDTH_ALGORITHMS, ExplorerConfig, HParams, RadiusMode
 from jaxrl_suite.reward_free.regression import log_determinant
 from jaxrl_suite.types import Array
 
@@ -31,7 +31,7 @@ def scales(mdp: LinearMixtureMDP, config: ExplorerConfig, hparams: HParams) -> S
     dtype, dimension = mdp.features.dtype, mdp.dimension
     norm = mdp.center_bound if config.center == "nominal" else mdp.norm_bound
     ridge = hparams.ridge_scale * dimension / mdp.norm_bound**2
-    if config.algorithm in ("ucrl_rfe", "ucrl_rfe_plus"):
+    if config.algorithm in WIDTH_ALGORITHMS:
         ridge = ridge / dimension  # the predecessors take 1 / B^2
     floor = hparams.floor_scale * config.horizon**-0.5
     cutoff = hparams.cutoff_scale * dimension**-0.25
@@ -40,8 +40,7 @@ def scales(mdp: LinearMixtureMDP, config: ExplorerConfig, hparams: HParams) -> S
 
 def least_deviation(config: ExplorerConfig, floor: Array) -> Array:
     """Smallest standard deviation that a weight of the output regression can stand for."""
-    plain = config.algorithm in ("unweighted", "ucrl_rfe", "ucrl_rfe_plus")
-    if plain:
+    if config.algorithm in PLAIN_ALGORITHMS:
         return jnp.ones((), floor.dtype)
     one_level = config.num_moments == 1 and config.targets == "values"  # the top level's variance is at least 1
     return jnp.maximum(floor, 1.0) if one_level else floor

@@ -14,11 +14,11 @@ from jaxrl_suite.mdp import LinearMixtureMDP, integrated_features
 from jaxrl_suite.reward_free.projection import project_parameter
 from jaxrl_suite.reward_free.regression import RidgeStatistics, fit, width
 from jaxrl_suite.reward_free.rewards import normalise_rewards
+from jaxrl_suite.reward_free.search import LEAK
 from jaxrl_suite.reward_free.uncertainty import uncertainty_value
 from jaxrl_suite.types import Array
 
-_LEAK = 0.1
-_CYCLES = 3
+_CYCLES = 3  # passes of the pulls over all ellipsoids
 
 
 class SmoothAnswer(NamedTuple):
@@ -139,7 +139,7 @@ def _mixed_value(
 def _leaky_cut(x: Array) -> Array:
     """Clip to [0, 1] whose derivative outside is a small slope instead of 0."""
     hard = jnp.clip(x, 0.0, 1.0)
-    soft = hard + _LEAK * (x - hard)
+    soft = hard + LEAK * (x - hard)
     return soft + jax.lax.stop_gradient(hard - soft)
 
 

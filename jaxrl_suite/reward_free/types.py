@@ -62,7 +62,7 @@ class Exploration(NamedTuple):
         statistics: gram and moment of the regressions after the last episode; for "rf_ucrl" the visits [S, A] and the
             transition counts [S, A, N] stand in their place.
         estimate: parameter that planning uses, with the covariances that go with it; the certificate reads both.
-        model: [S, A, N], the kernel over the successor lists that planning reads; rows sum to 1.
+        model: [S, A, N], the kernel over the successor lists that planning reads; rows sum to 1 (if projected).
         successors: int32 [S, A, N].
         start: int32 [].
         model_residual: [], how far the model was from a kernel before it was made one.

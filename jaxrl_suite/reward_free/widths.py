@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -83,15 +82,3 @@ def width_bound(mdp: LinearMixtureMDP, inverse: Array, *, centred: bool) -> Arra
 
 def _vertices(width: int) -> np.ndarray:
     return ((np.arange(2**width)[:, None] >> np.arange(width)) & 1).astype(float)
-
-
-def l1_sign_width(mdp: LinearMixtureMDP, inverse: Array) -> Array:
-    """The l1 surrogate ``max_f |L' phi_f|_1`` by its 2^D sign vectors, each in closed form; [S, A].
-
-    Maximising an l1 norm is convex maximisation, not a linear programme: for each sign vector e the best function is
-    ``f_j = 1[(A' e)_j > 0]``. An upper bound on the l2 width, at most sqrt(D) above it. D at most ten.
-    """
-    root = jnp.linalg.cholesky(inverse)
-    images = jnp.einsum("sajd,de->saje", mdp.features, root, precision="highest")
-    signs = jnp.asarray(2 * _vertices(mdp.dimension) - 1, images.dtype)
-    return jnp.max(jnp.sum(jax.nn.relu(jnp.einsum("saje,ve->sajv", images, signs)), axis=2), axis=-1)

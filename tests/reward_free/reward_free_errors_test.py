@@ -1,5 +1,6 @@
 """What cannot be is refused by name, and what rounding loses is said: line by line of "Bad input"."""
 
+import importlib
 import warnings
 
 import jax
@@ -105,7 +106,7 @@ def float32_run():
             state, history = rf.advance(world, CONFIG, hparams, state, jnp.int32(0), CONFIG.num_episodes)
             statistics = jax.tree.map(lambda x: scale * x, state.inner.statistics)
             state = state._replace(inner=state.inner._replace(statistics=statistics))
-            return rf.finish(world, CONFIG, hparams, state, history)
+            return rf.finish(world, CONFIG, state, history)
 
         return world, [run(jax.random.key(0), jnp.float32(scale)) for scale in (1.0, 1e14)]
 
@@ -202,3 +203,12 @@ def test_failed_factorisations_are_flagged(float32_run):
 def test_hyperparameters_that_cannot_be(hparams, message):
     with pytest.raises(ValueError, match=message):
         rf.explore(jax.random.key(0), mixtures.lock(4, 2, 2), CONFIG, hparams)
+
+
+@pytest.mark.parametrize(
+    ("study", "argument"), [("ablations", "variants"), ("baselines", "explorers"), ("certificates", "worlds")]
+)
+def test_studies_refuse_names_that_they_do_not_have(study, argument):
+    configuration = importlib.import_module(f"experiments.reward_free.{study}").STUDY.config
+    with pytest.raises(ValueError, match=f"{argument}=\\['nothing'\\]: must be among"):
+        configuration(**{argument: ("nothing",)})

@@ -264,7 +264,7 @@ def test_certificate_is_above_every_loss_after_every_episode(x64):
         def one(key):
             def episode(state, k):
                 state, record = rf.advance(world(), config, hparams, state, k, 1)
-                found = rf.finish(world(), config, hparams, state, record)
+                found = rf.finish(world(), config, state, record)
                 loss = rf.suboptimality(world(), rf.plan(found, bank()).actions, bank())
                 sealed = rf.certificate(world(), proven, hparams, found, scale=0.1)
                 return state, (record.states[0], jnp.max(loss), sealed.bound)
