@@ -19,8 +19,8 @@ def declared_flops(config: MoEConfig, folding: Folding, *, sequence: int, global
       input; the policy ``full`` repeats that of a layer once more, and so does GPipe for a stage; blockwise attention
       recomputes its scores in the backward pass (half a forward pass).
     * ``head_on_every_stage``: all stages are one program, so each computes the output table, which counts on the last.
-    * ``idle_ticks``: ticks in which a stage has no micro-batch compute all the same: (m + 2 (PP - 1)) / m in 1F1B,
-      (v m + PP - 1) / (v m) in GPipe, times everything that runs in a tick.
+    * ``idle_ticks``: passes of a stage without a micro-batch compute all the same: (v m + PP - 1) / (v m) times
+      everything that runs in a tick, in GPipe and in 1F1B (v = 1).
     * ``capacity``: slots of experts over the even share; negative below it.
 
     Args:
@@ -43,10 +43,8 @@ def declared_flops(config: MoEConfig, folding: Folding, *, sequence: int, global
     head = 3 * tokens * flops.head
     if stages > 1 and not in_ticks:  # the last stage's outputs wait for the head, which is then checkpointed
         recomputed += tokens * flops.head * stages
-    ticks, units = num_ticks(config.num_microbatches, stages, config.virtual_stages, config.schedule), 1
-    if stages > 1:
-        units = config.num_microbatches * config.virtual_stages
-    idle = ticks / units - 1 if stages > 1 else 0.0
+    units = config.num_microbatches * config.virtual_stages
+    idle = num_ticks(config.num_microbatches, stages, config.virtual_stages) / units - 1
     running = 3 * (layers + surplus) + recomputed + (stages * head if in_ticks else 0.0)
     return {
         "model": tokens * flops.train,

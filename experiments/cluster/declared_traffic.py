@@ -7,7 +7,7 @@ from jaxrl_suite.lm import parameter_shapes
 from jaxrl_suite.moe.capacity import expert_capacity
 from jaxrl_suite.moe.config import MoEConfig
 from jaxrl_suite.moe.folding import Folding
-from jaxrl_suite.moe.partition import logical_axes, placements
+from jaxrl_suite.moe.partition import is_multiplied, logical_axes, placements
 from jaxrl_suite.moe.pipeline import num_ticks
 
 Key = tuple[str, tuple[int, ...]]  # kind of collective, first eight ranks of its first group; a sorted pair
@@ -22,9 +22,10 @@ def key_of(row: dict[str, Any]) -> Key:
 def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, global_batch: int) -> dict[Key, float]:
     """Bytes that one device sends in a step, by kind and group; what is below a thousandth of the rest is left out.
 
-    A layer runs forward F times a tick (1F1B repeats the forward pass of a stage: 2, else 1), R times again in the
-    backward pass (``remat="full"``: 1), and backward once. With A the bytes of a micro-batch between layers (gathered
-    over TP), C the slots of an expert and l the layers of a stage, each tick sends
+    A layer runs forward F times a micro-batch (1F1B repeats the forward pass of a stage: 2, else 1), R times again in
+    the backward pass (``remat="full"``: 1), and backward once; a pipeline does so m + PP - 1 times for m micro-batches.
+    With A the bytes of a micro-batch between layers (gathered over TP), C the slots of an expert and l the layers of a
+    stage, each time sends
 
         TP   (TP-1)/TP A (l (F + R + 1) + 2) gathered, as much less one scattered, and F embeddings in float32
         CP   (CP-1) (F + R + 1) l times the keys and values of a rank
@@ -32,8 +33,8 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
         ETP  (ETP-1) (F + 1) l E C D gathered and as much scattered
         PP   A / TP forward and as much backward
 
-    and each step once gathers the stored weights (in their own dtype), scatters their gradients, and sums the gradients
-    of the two tables over the stages.
+    and each step once gathers the stored weights (matrices in the dtype of products, the others in their own), scatters
+    their gradients, and sums the gradients of the two tables over the stages.
 
     Raises:
         ValueError: dispatch, schedule, sharding or context kernel other than drop_pad, 1f1b, zero1 and ring.
@@ -41,7 +42,7 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
     _check(config, folding)
     model, stages = config.model, folding.pp
     wide = 2 if "bfloat16" in (model.compute_dtype, model.param_dtype) else 4
-    ticks = num_ticks(config.num_microbatches, stages, schedule="1f1b") if stages > 1 else config.num_microbatches
+    ticks = num_ticks(config.num_microbatches, stages)
     layers = model.num_layers // stages
     forward, again = (2 if stages > 1 else 1), int(config.remat == "full")
     passes = layers * (forward + again + 1)
@@ -70,9 +71,8 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
     for kind in ("all-gather", "reduce-scatter"):
         add(kind, "etp", copies * (folding.etp - 1))
     add("collective-permute", "pp", 2 * ticks * whole / folding.tp * wide)
-    for role, size in _weights(config, folding).items():
-        for kind in ("all-gather", "reduce-scatter"):
-            add(kind, role, size)
+    for (kind, role), size in _weights(config, folding, wide).items():
+        add(kind, role, size)
     tables = 2 * model.vocab_size * model.width * 4 / folding.tp
     add("all-reduce", "pp", 2 * tables * (stages - 1) / stages)
     largest = max(sent.values(), default=0.0)
@@ -95,9 +95,10 @@ def _groups(folding: Folding, role: str) -> list[list[int]]:
     return [list(range(first, size, folding.tp)) for first in range(folding.tp)]
 
 
-def _weights(config: MoEConfig, folding: Folding) -> dict[str, float]:
-    """Bytes of the stored weights that a device gathers from others in a step, by group."""
-    shapes, sizes = parameter_shapes(config.model), {"dense": 0.0, "edp": 0.0}
+def _weights(config: MoEConfig, folding: Folding, wide: int) -> dict[tuple[str, str], float]:
+    """Bytes of float32 weights that a device gathers from others in a step, and of gradients that it scatters."""
+    shapes = parameter_shapes(config.model)
+    sizes: dict[tuple[str, str], float] = {}
     for path, place in placements(config, folding).items():
         if not place.gather:
             continue
@@ -105,5 +106,7 @@ def _weights(config: MoEConfig, folding: Folding) -> dict[str, float]:
         local = math.prod(shapes[path]) / math.prod(getattr(folding, axis) for axis in axes if axis)
         role = "edp" if place.is_expert else "dense"
         degree = folding.edp if place.is_expert else folding.dp * folding.cp
-        sizes[role] += 4.0 * local * (degree - 1) / degree  # float32 weights
+        numbers = local * (degree - 1) / degree
+        for kind, size in (("all-gather", wide if is_multiplied(path) else 4), ("reduce-scatter", 4)):
+            sizes[kind, role] = sizes.get((kind, role), 0.0) + size * numbers
     return sizes

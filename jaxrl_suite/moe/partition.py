@@ -14,6 +14,7 @@ from jaxrl_suite.moe.config import MoEConfig
 from jaxrl_suite.moe.folding import Folding
 
 Logical = tuple[str | None, ...]
+_MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
 
 
 class Placement(NamedTuple):
@@ -61,6 +62,14 @@ def logical_axes(path: str, model: LanguageModelConfig, tp: int) -> Logical:
         "feed_forward/shared/down": ("tp", None),
     }
     return ("pp", *table.get(name, ()))
+
+
+def is_multiplied(path: str) -> bool:
+    """Whether an array enters products alone, which take it in the compute dtype: it may be cast before it travels.
+
+    The router computes in float32 at least, the embedding is looked up, scales and biases enter sums.
+    """
+    return path == "head/table" or path.rpartition("/")[2] in _MATRICES
 
 
 def placements(config: MoEConfig, folding: Folding) -> dict[str, Placement]:

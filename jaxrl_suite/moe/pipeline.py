@@ -8,6 +8,8 @@ stored arrays stay in layer order (:func:`circular_layers`).
 
 *1F1B* runs in tick t the forward pass of micro-batch t - p and the backward pass of micro-batch t - 2(PP - 1) + p.
 Inputs of at most 2·PP - 1 micro-batches are kept, whatever their number, and each backward pass repeats its forward.
+The first PP - 1 ticks have no backward pass on any stage and the last PP - 1 no forward pass, so they run without: each
+kind of pass runs M + PP - 1 times.
 
 Embedding and head run on every stage and count on the first and last only, as all stages are one program.
 
@@ -16,7 +18,8 @@ References:
     interleaving).
 """
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,13 +42,15 @@ from jaxrl_suite.moe.variance import axis_index, axis_size, vary, zeros_of
 from jaxrl_suite.types import Array, Params
 
 
-def num_ticks(num_microbatches: int, stages: int, rounds: int = 1, schedule: str = "gpipe") -> int:
-    """Ticks of a schedule; a tick of 1F1B holds a forward and a backward pass.
+def num_ticks(num_microbatches: int, stages: int, rounds: int = 1) -> int:
+    """Times that each stage runs a forward pass, and as often a backward pass, those without a micro-batch included.
 
-    >>> num_ticks(8, 4), num_ticks(8, 4, rounds=2), num_ticks(8, 4, schedule="1f1b")
-    (11, 19, 14)
+    The same for every schedule: 1F1B takes PP - 1 ticks more from end to end, in which it runs one of the two alone.
+
+    >>> num_ticks(8, 4), num_ticks(8, 4, rounds=2)
+    (11, 19)
     """
-    return num_microbatches + 2 * (stages - 1) if schedule == "1f1b" else rounds * num_microbatches + stages - 1
+    return rounds * num_microbatches + stages - 1
 
 
 def circular_layers(leaf: Array, stages: int, rounds: int) -> Array:
@@ -64,12 +69,20 @@ def circular_layers(leaf: Array, stages: int, rounds: int) -> Array:
 
 
 def pipeline_gradients(
-    params: Params, batches: Batch, count: Array, hparams: HParams, loss: Loss, config: MoEConfig, layout: Layout
+    params: Params,
+    dtypes: Params,
+    batches: Batch,
+    count: Array,
+    hparams: HParams,
+    loss: Loss,
+    config: MoEConfig,
+    layout: Layout,
 ) -> tuple[Params, ObjectiveParts]:
     """Gradients of all micro-batches on one rank of a pipeline, without reduction between ranks.
 
     Args:
         params: compute weights of this stage; layers in the order of :func:`circular_layers`.
+        dtypes: of the stored weights, in which gradients are summed.
         batches: [M, b, T], the same on every stage.
         count: tokens that count in the whole step.
         hparams: traced hyperparameters.
@@ -78,7 +91,9 @@ def pipeline_gradients(
         layout: axes; ``layout.pp`` is not empty.
     """
     if config.schedule == "1f1b":
-        return _one_forward_one_backward(params, batches, count, hparams, loss, config, layout)
+        return _one_forward_one_backward(params, dtypes, batches, count, hparams, loss, config, layout)
+    # The transposed loop over ticks sums in the dtype of what is differentiated.
+    params = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, dtypes)
     gradient = jax.grad(_gpipe_objective, has_aux=True)
     return gradient(params, batches, count, hparams, loss, config, layout)
 
@@ -183,8 +198,33 @@ def _no_activations(params: Params, batches: Batch, config: MoEConfig, layout: L
     return jnp.zeros(shape.shape, shape.dtype)
 
 
+class _Ticking(NamedTuple):
+    """What 1F1B carries from tick to tick.
+
+    Attributes:
+        received: activations from the previous stage.
+        returned: gradient of the activations handed on, from the next stage.
+        inputs: [2·PP - 1, ...], inputs of the micro-batches whose backward pass is to come.
+        gradients: sum so far, in the dtypes of the stored weights.
+        totals: objective so far.
+    """
+
+    received: Array
+    returned: Array
+    inputs: Array
+    gradients: Params
+    totals: ObjectiveParts
+
+
 def _one_forward_one_backward(
-    params: Params, batches: Batch, count: Array, hparams: HParams, loss: Loss, config: MoEConfig, layout: Layout
+    params: Params,
+    dtypes: Params,
+    batches: Batch,
+    count: Array,
+    hparams: HParams,
+    loss: Loss,
+    config: MoEConfig,
+    layout: Layout,
 ) -> tuple[Params, ObjectiveParts]:
     stages, stage = axis_size(layout.pp), axis_index(layout.pp)
     number, slots = batches.inputs.shape[0], 2 * axis_size(layout.pp) - 1
@@ -207,35 +247,36 @@ def _one_forward_one_backward(
             params["layers"], jnp.where(stage == 0, entering, received), batch, config=config, layout=layout
         )[0]
 
-    def tick(carry: tuple, t: Array) -> tuple[tuple, None]:
-        received, returned, inputs, gradients, totals = carry
-        forward, backward = t - stage, t - 2 * (stages - 1) + stage
-        inputs = inputs.at[forward % slots].set(received)
-        x = forward_only(params, received, _microbatch(batches, forward))
-        valid = (backward >= 0) & (backward < number)
-        batch = _microbatch(batches, backward)
-        saved = inputs[backward % slots]
-        (y, _), pullback, parts = jax.vjp(lambda p, r: run(p, r, batch, valid), params, saved, has_aux=True)
-        # The last stage has no successor; bubbles pass no gradient.
-        cotangent = jnp.where(valid & (stage < stages - 1), returned, jnp.zeros_like(returned))
-        d_params, d_received = pullback((cotangent.astype(y.dtype), jnp.ones((), parts.loss.dtype)))
-        gradients = jax.tree.map(lambda total, g: total + jnp.where(valid, g, 0), gradients, d_params)
-        totals = jax.tree.map(jnp.add, totals, parts)
-        return (
-            _hand_on(x, layout),
-            _hand_on(d_received, layout, back=True),
-            inputs,
-            gradients,
-            totals,
-        ), None
+    def tick(carry: _Ticking, t: Array, *, forward: bool, backward: bool) -> tuple[_Ticking, None]:
+        if forward:
+            inputs = carry.inputs.at[(t - stage) % slots].set(carry.received)
+            x = forward_only(params, carry.received, _microbatch(batches, t - stage))
+            carry = carry._replace(received=_hand_on(x, layout), inputs=inputs)
+        if backward:
+            index = t - 2 * (stages - 1) + stage
+            valid = (index >= 0) & (index < number)
+            batch = _microbatch(batches, index)
+            saved = carry.inputs[index % slots]
+            (y, _), pullback, parts = jax.vjp(lambda p, r: run(p, r, batch, valid), params, saved, has_aux=True)
+            # The last stage has no successor; bubbles pass no gradient.
+            cotangent = jnp.where(valid & (stage < stages - 1), carry.returned, jnp.zeros_like(carry.returned))
+            d_params, d_received = pullback((cotangent.astype(y.dtype), jnp.ones((), parts.loss.dtype)))
+            gradients = jax.tree.map(
+                lambda total, g: total + jnp.where(valid, g, 0).astype(total.dtype), carry.gradients, d_params
+            )
+            totals = jax.tree.map(jnp.add, carry.totals, parts)
+            carry = carry._replace(returned=_hand_on(d_received, layout, back=True), gradients=gradients, totals=totals)
+        return carry, None
 
     empty = vary(_no_activations(params, batches, config, layout), layout.mesh)
     totals = zeros_of(lambda: run(params, empty, _microbatch(batches, jnp.int32(0)), jnp.bool_(True))[1])
     inputs = vary(jnp.zeros((slots, *empty.shape), empty.dtype), layout.mesh)
-    start = (empty, empty, inputs, jax.tree.map(jnp.zeros_like, params), totals)
-    ticks = jnp.arange(num_ticks(number, stages, schedule="1f1b"), dtype=jnp.int32)
-    return _split(jax.lax.scan(tick, start, ticks)[0])
-
-
-def _split(carry: tuple) -> tuple[Params, ObjectiveParts]:
-    return carry[3], carry[4]
+    zeros = jax.tree.map(lambda leaf, dtype: jnp.zeros_like(leaf, dtype=dtype), params, dtypes)
+    carry = _Ticking(empty, empty, inputs, zeros, totals)
+    # Whatever the stage, nothing goes back in the first PP - 1 ticks and nothing forth in the last PP - 1.
+    start = 0
+    for length, forward, backward in ((stages - 1, True, False), (number, True, True), (stages - 1, False, True)):
+        ticks = jnp.arange(start, start + length, dtype=jnp.int32)
+        carry = jax.lax.scan(functools.partial(tick, forward=forward, backward=backward), carry, ticks)[0]
+        start += length
+    return carry.gradients, carry.totals

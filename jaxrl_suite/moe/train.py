@@ -25,7 +25,7 @@ from jaxrl_suite.moe.model import (
     split_microbatches,
     whole_objective,
 )
-from jaxrl_suite.moe.partition import placements, stored_shardings
+from jaxrl_suite.moe.partition import is_multiplied, placements, stored_shardings
 from jaxrl_suite.moe.pipeline import circular_layers, pipeline_gradients
 from jaxrl_suite.moe.variance import sum_over, vary, zeros_of
 from jaxrl_suite.types import Array, Params, PRNGKey
@@ -172,28 +172,49 @@ def _local_gradients(
     gathers: dict[str, Any],
 ) -> tuple[Params, ObjectiveParts]:
     """Gradients on one rank: weights are gathered and cast once, and the transpose of that reduces once."""
+    gathers = {} if config.sharding == "fsdp" else gathers
 
     def prepare(params: Params) -> Params:
-        return vary(params if config.sharding == "fsdp" else gather_weights(params, gathers), layout.mesh)
+        return vary(gather_weights(params, gathers), layout.mesh)
 
-    ready, reduce_gradients = jax.vjp(prepare, params)
+    ready = prepare(_narrow(params, gathers, config))
+    reduce_gradients = jax.linear_transpose(prepare, params)  # in the dtype of the stored weights
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, params)
     count = jnp.maximum(sum_over(jnp.sum(batch.mask.astype(jnp.float32)), layout.dense), 1)
     batch = vary(split_microbatches(batch, config.num_microbatches), (*layout.dense, "pp"))
     if layout.pp:
-        gradients, parts = pipeline_gradients(ready, batch, count, hparams, loss, config, layout)
+        gradients, parts = pipeline_gradients(ready, dtypes, batch, count, hparams, loss, config, layout)
     else:
-        gradients, parts = _accumulate(ready, batch, count, hparams, loss, config, layout)
+        gradients, parts = _accumulate(ready, dtypes, batch, count, hparams, loss, config, layout)
     return reduce_gradients(gradients)[0], parts
 
 
+def _narrow(params: Params, gathers: dict[str, Any], config: MoEConfig) -> Params:
+    """Matrices that are gathered, in the dtype of their products: half the bytes to send and hold in bfloat16."""
+    leaves = flatten(params)
+    dtype = config.model.activation_dtype(leaves["embed/table"].dtype)
+    for path in filter(is_multiplied, gathers):
+        if dtype.itemsize < leaves[path].dtype.itemsize:
+            leaves[path] = leaves[path].astype(dtype)
+    return unflatten(leaves)
+
+
 def _accumulate(
-    params: Params, batches: Batch, count: Array, hparams: HParams, loss: Loss, config: MoEConfig, layout: Layout
+    params: Params,
+    dtypes: Params,
+    batches: Batch,
+    count: Array,
+    hparams: HParams,
+    loss: Loss,
+    config: MoEConfig,
+    layout: Layout,
 ) -> tuple[Params, ObjectiveParts]:
-    """Sum of the gradients of micro-batches, without any reduction between ranks."""
+    """Sum of the gradients of micro-batches in the given dtypes, without any reduction between ranks."""
 
     def one(batch: Batch) -> tuple[Params, ObjectiveParts]:
         gradient = jax.grad(whole_objective, has_aux=True)
-        return gradient(params, batch, count, hparams, loss, config, layout)
+        gradients, parts = gradient(params, batch, count, hparams, loss, config, layout)
+        return jax.tree.map(lambda g, dtype: g.astype(dtype), gradients, dtypes), parts
 
     if config.num_microbatches == 1:
         return one(jax.tree.map(lambda leaf: leaf[0], batches))

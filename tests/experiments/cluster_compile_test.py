@@ -75,7 +75,7 @@ def test_formula_is_that_of_section_5_2():
                        remat="full", sharding="zero1")  # fmt: skip
     formula = declared_traffic(config, folding, sequence=4096, global_batch=256)
     one = layer_bytes(model, folding, Workload())
-    ticks, layers = 46, 7
+    ticks, layers = 32 + 8 - 1, 7
     exchanged = formula["all-to-all", tuple(range(8))]
     assert exchanged == pytest.approx(ticks * layers * 3 * one["ep"], rel=1e-6)
     gathered = formula["all-gather", (0, 1)]

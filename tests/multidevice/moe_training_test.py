@@ -1,6 +1,9 @@
 """Recomputation policies, bfloat16 gradients and long training on foldings."""
 
 import functools
+import math
+import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +33,12 @@ def params():
     return jax.jit(lambda: lm.init_params(jax.random.key(0), MODEL), compiler_options=quick_compile())()
 
 
-def compiled_gradients(text, batch, **options):
-    """The compiled gradient program of a folding and its arguments."""
+def lowered_gradients(text, batch, **options):
+    """The lowered gradient program of a folding and its parameters."""
     folding, config = moe.Folding.parse(text), moe.MoEConfig(model=MODEL, block_rows=16).replace(**options)
     state = moe.state_from_params(params(), config, folding)
     function = jax.jit(moe.loss_and_gradients, static_argnames=("config", "folding"))
-    lowered = function.lower(state.params, batch, config=config, folding=folding)
-    return lowered.compile(quick_compile()), state.params
+    return function.lower(state.params, batch, config=config, folding=folding), state.params
 
 
 def compiled_stack(policy):
@@ -93,8 +95,8 @@ def test_bfloat16_gradients_of_a_folding():
         ("one", "attention=dp1", narrow),
         ("exact", "attention=dp1", MODEL),
     ):
-        compiled, placed = compiled_gradients(text, batch, model=model)
-        gradients[name] = lm.flatten(compiled(placed, batch)[0])
+        lowered, placed = lowered_gradients(text, batch, model=model)
+        gradients[name] = lm.flatten(lowered.compile(quick_compile())(placed, batch)[0])
 
     def distance(a, b):
         pairs = [(np.asarray(gradients[a][path]), np.asarray(gradients[b][path])) for path in gradients[a]]
@@ -103,6 +105,58 @@ def test_bfloat16_gradients_of_a_folding():
 
     assert 1e-4 < distance("one", "exact") < 0.2
     assert distance("folded", "exact") < 1.3 * distance("one", "exact")
+
+
+ZERO = [
+    ("attention=dp2 experts=edp2 pipeline=2", "1f1b"),
+    ("attention=dp2 experts=edp2 pipeline=2", "gpipe"),
+    ("attention=dp2 experts=edp2", "gpipe"),
+]
+
+
+def lowered_narrow(text, schedule, sharding):
+    """Four micro-batches of bfloat16 products with float32 weights: batch, lowered gradients and parameters."""
+    batch = moe.language_batch(jax.random.randint(jax.random.key(1), (8, 9), 0, 32))
+    model = MODEL.replace(compute_dtype="bfloat16")
+    return batch, *lowered_gradients(text, batch, model=model, num_microbatches=4, schedule=schedule, sharding=sharding)
+
+
+@pytest.mark.parametrize(
+    ("text", "schedule"), [ZERO[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in ZERO[1:])]
+)
+def test_matrices_travel_in_the_dtype_of_their_products(text, schedule):
+    """ZeRO-1 in bfloat16: 2 bytes a number of a matrix are gathered, 4 of anything else and of every gradient.
+
+    Read from the lowered program, since a CPU sends bfloat16 as float32; nothing is compiled.
+    """
+    program = lowered_narrow(text, schedule, "zero1")[1].as_text()
+    sizes = {"all_gather": Counter(), "reduce_scatter": Counter()}
+    for kind, found in sizes.items():
+        for shape, dtype in re.findall(rf'"stablehlo.{kind}".*?-> tensor<([\dx]+)x(\w+)>', program, re.DOTALL):
+            found[dtype] += math.prod(map(int, shape.split("x")))
+    stages = 2 if "pipeline" in text else 1
+    matrices = 4 * (4 * 16 * 16 + 3 * 4 * 16 * 16) // stages
+    others = 32 * 16 + 16 + 4 * (2 * 16 + 16 * 4) // stages  # embedding, norms, routers
+    assert sizes["all_gather"] == {"bf16": matrices, "f32": others}
+    assert sizes["reduce_scatter"] == {"f32": (matrices + others) // 2}
+    sums = [line for line in program.splitlines() if "stablehlo.add" in line and "x4x16x16x" in line]
+    assert sums and all("x4x16x16xf32>" in line for line in sums)  # of experts' gradients over micro-batches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text", "schedule"), ZERO)
+def test_weights_cast_before_the_gather_change_no_gradient(text, schedule):
+    """Against whole weights that are cast where they are used; a sum over micro-batches in bfloat16 would show.
+
+    ``python -m pytest -m slow tests/multidevice/moe_training_test.py``
+    """
+    found = {}
+    for sharding in ("none", "zero1"):
+        batch, lowered, placed = lowered_narrow(text, schedule, sharding)
+        found[sharding] = lowered.compile(quick_compile())(placed, batch)
+        assert {leaf.dtype for leaf in jax.tree.leaves(found[sharding][0])} == {np.dtype(np.float32)}
+    assert max(relative_errors(found["zero1"][0], found["none"][0]).values()) <= 1e-5
+    assert float(found["zero1"][1].loss) == pytest.approx(float(found["none"][1].loss), rel=1e-6)
 
 
 @pytest.mark.slow
