@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments.common.run import Run
 from experiments.common.study import Result, Study
+from experiments.moe.byte_model import byte_mixture
 from experiments.moe.presets import PRESETS
 from jaxrl_suite import lm, moe
 from jaxrl_suite.config import Config, check, field
@@ -66,18 +67,7 @@ class BytesMovedConfig(Config):
 
 def options_of(config: Any) -> moe.MoEConfig:
     """Model and step; the dispatcher with a fixed number of slots, whose bytes the formula gives exactly."""
-    model = lm.LanguageModelConfig(
-        family="mixtral",
-        vocab_size=256,
-        width=config.width,
-        num_layers=config.num_layers,
-        num_heads=8,
-        num_kv_heads=4,
-        head_dim=config.width // 8,
-        ffn_width=2 * config.width,
-        num_experts=config.num_experts,
-        tied_head=False,
-    )
+    model = byte_mixture(config, num_heads=8, head_dim=config.width // 8, tied_head=False)
     return moe.MoEConfig(
         model=model,
         dispatch="drop_pad",

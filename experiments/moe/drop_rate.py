@@ -12,6 +12,7 @@ import optax
 from experiments.common.corpus import source_bytes
 from experiments.common.run import Run
 from experiments.common.study import Result, Study
+from experiments.moe.byte_model import byte_mixture
 from experiments.moe.corpus import windows
 from experiments.moe.presets import PRESETS
 from jaxrl_suite import lm, moe
@@ -84,7 +85,7 @@ class Dropped(NamedTuple):
 def run(run: Run) -> Result:
     """Trains a dropless model, then runs it on held-out text under every capacity, policy and scope."""
     config: Any = run.config
-    model = _model(config)
+    model = byte_mixture(config)
     text = jnp.asarray(source_bytes(config.num_bytes))
     split = int(0.9 * text.shape[0])
     rate = float(np.asarray(run.hparams.learning_rate).reshape(-1)[0])
@@ -209,20 +210,6 @@ def _train(run: Run, config: Any, model: lm.LanguageModelConfig, text: jax.Array
     for number in run.progress(range(config.num_steps), "dropless training"):
         state = step(state, jnp.int32(number))
     return jax.tree.map(np.asarray, state.params)
-
-
-def _model(config: Any) -> lm.LanguageModelConfig:
-    return lm.LanguageModelConfig(
-        family="mixtral",
-        vocab_size=256,
-        width=config.width,
-        num_layers=config.num_layers,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=config.width // 4,
-        ffn_width=2 * config.width,
-        num_experts=config.num_experts,
-    )
 
 
 def figures(result: Result) -> "dict[str, Figure]":

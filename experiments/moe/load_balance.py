@@ -10,9 +10,10 @@ import numpy as np
 from experiments.common.corpus import source_bytes
 from experiments.common.run import Run
 from experiments.common.study import Result, Study
+from experiments.moe.byte_model import byte_mixture
 from experiments.moe.corpus import windows
 from experiments.moe.presets import PRESETS
-from jaxrl_suite import lm, moe
+from jaxrl_suite import moe
 from jaxrl_suite.config import Config, check, field
 from jaxrl_suite.io import plots
 
@@ -103,19 +104,8 @@ def run(run: Run) -> Result:
 
 def options_of(rule: str, config: Any) -> moe.MoEConfig:
     """Configuration of a rule. Rules that differ only in traced weights share one compiled program."""
-    model = lm.LanguageModelConfig(
-        family="mixtral",
-        vocab_size=256,
-        width=config.width,
-        num_layers=config.num_layers,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=config.width // 4,
-        ffn_width=2 * config.width,
-        num_experts=config.num_experts,
-        experts_per_token=config.experts_per_token,
-        router_bias=True,  # stays zero unless the rule moves it
-    )
+    # The bias stays zero unless the rule moves it.
+    model = byte_mixture(config, experts_per_token=config.experts_per_token, router_bias=True)
     scope: Any = rule if rule in ("batch", "sequence") else "global"
     return moe.MoEConfig(model=model, balance=scope, block_rows=32, num_microbatches=config.num_microbatches)
 

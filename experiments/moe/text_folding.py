@@ -11,6 +11,7 @@ import optax
 from experiments.common.corpus import source_bytes
 from experiments.common.run import Run
 from experiments.common.study import Result, Study
+from experiments.moe.byte_model import byte_mixture
 from experiments.moe.corpus import windows
 from experiments.moe.presets import PRESETS
 from jaxrl_suite import lm, moe
@@ -69,7 +70,7 @@ class TextFoldingHParams(NamedTuple):
 def run(run: Run) -> Result:
     """Trains the oracle, then every folding on the same batches, and compares step by step."""
     config: Any = run.config
-    model = _model(config)
+    model = byte_mixture(config)
     text = jnp.asarray(source_bytes(config.num_bytes))
     rate = float(np.asarray(run.hparams.learning_rate).reshape(-1)[0])
     curves = {"one device (oracle)": _train_oracle(run, config, model, text, rate)}
@@ -119,21 +120,6 @@ def figures(result: Result) -> "dict[str, Figure]":
     bottom.set_xlabel("optimizer step")
     bottom.set_ylabel("|difference| / oracle loss")
     return {"text_folding": figure}
-
-
-def _model(config: Any) -> lm.LanguageModelConfig:
-    return lm.LanguageModelConfig(
-        vocab_size=256,
-        width=config.width,
-        num_layers=config.num_layers,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=config.width // 4,
-        ffn_width=2 * config.width,
-        num_experts=config.num_experts,
-        experts_per_token=2,
-        family="mixtral",
-    )
 
 
 def _train_oracle(run: Run, config: Any, model: lm.LanguageModelConfig, text: jax.Array, rate: float) -> np.ndarray:
