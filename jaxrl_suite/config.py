@@ -4,7 +4,6 @@ A configuration is static under jit; floats that people sweep belong into a Name
 """
 
 import dataclasses
-import json
 import types
 import typing
 from collections.abc import Mapping
@@ -95,10 +94,6 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain dict, ready for JSON; nested configurations become dicts."""
         return dataclasses.asdict(self)
-
-    def to_json(self) -> str:
-        """JSON text with sorted keys, the same for equal configurations."""
-        return json.dumps(self.to_dict(), sort_keys=True, indent=2)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

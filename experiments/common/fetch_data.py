@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_suite.extras import require
+
 MATH500_ADDRESS = "https://huggingface.co/datasets/HuggingFaceH4/MATH-500/resolve/main/test.jsonl"
 SPLITS = {"train": 300, "val": 100, "test": 100}
 
@@ -62,17 +64,18 @@ def fetch_math500(folder: Path, *, address: str = MATH500_ADDRESS, timeout: floa
 
     Returns:
         The files.
-    """
-    import pyarrow
-    import pyarrow.parquet
 
+    Raises:
+        ImportError: pyarrow is not installed.
+    """
+    table, parquet = require("pyarrow", "experiments").Table, require("pyarrow.parquet", "experiments")
     with urllib.request.urlopen(address, timeout=timeout) as reply:
         problems = [json.loads(line) for line in reply.read().decode().splitlines() if line.strip()]
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, rows in split_math500(problems).items():
         paths.append(folder / f"{name}.parquet")
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), paths[-1])
+        parquet.write_table(table.from_pylist(rows), paths[-1])
     return paths
 
 
@@ -81,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Fetches data sets of the studies.")
     parser.add_argument("name", choices=["math500"], help="which data set")
     parser.add_argument("--folder", type=Path, default=Path("data"), help="where to write")
+    parser.add_argument("--helpshort", action="help", help="the same as --help, as the launchers have it")
     options = parser.parse_args()
     try:
         for path in fetch_math500(options.folder / options.name):

@@ -6,7 +6,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -180,10 +180,3 @@ def _numbers(name: str, values: Sequence[str]) -> tuple[float, ...]:
     if not numbers:
         raise UsageError(f"--{name}=: must be a number, or a comma list of numbers.")
     return numbers
-
-
-def as_flags(values: Mapping[str, Any]) -> list[str]:
-    """Writes values as flags, for the command shown in a report."""
-    return [
-        f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in values.items()
-    ]

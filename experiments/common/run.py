@@ -141,8 +141,7 @@ class Run:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes metrics of one step; arrays may be [], [num_seeds] or [num_sweep, num_seeds]."""
         if self._writer is None:
-            self._open_metrics()
-        assert self._writer is not None
+            self._writer = self._open_metrics()
         self._writer.write(self._offset + step, {key: np.asarray(value) for key, value in values.items()})
 
     def series(self, path: str) -> np.ndarray:
@@ -169,17 +168,17 @@ class Run:
             raise ValueError(f"{self.study.name}: the name {name!r} is used by two stages or loops of one run.")
         self._names.add(name)
 
-    def _open_metrics(self) -> None:
+    def _open_metrics(self) -> metrics.MetricsWriter:
         path = self.workdir / "metrics.jsonl"
         if path.exists() and path.stat().st_size > self._metrics_bytes:
             os.truncate(path, self._metrics_bytes)
         derived = self.workdir / "metrics.csv"
         derived.unlink(missing_ok=True)
-        kinds = self.settings.metrics.split(",")
+        kinds = [kind.strip() for kind in self.settings.metrics.split(",")]
         kinds = kinds if "jsonl" in kinds else ["jsonl", *kinds]  # what a resume rests on
         if not processes.is_writer():
             kinds = ["jsonl"]  # for itself, in its own folder
-        self._writer = metrics.make_writer(",".join(kinds), self.workdir)
+        return metrics.make_writer(",".join(kinds), self.workdir)
 
     def _flushed_bytes(self) -> int:
         path = self.workdir / "metrics.jsonl"

@@ -22,6 +22,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     flags.add_argument("--max_tokens", type=int, default=4000, help="longest text")
     flags.add_argument("--output", help="file to write; standard output by default")
     flags.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
+    flags.add_argument("--helpshort", action="help", help="the same as --help, as the launchers have it")
     return flags
 
 

@@ -121,8 +121,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workdir", default="", help="folder to write; by default the first free runs/tour[-N]")
     parser.add_argument("--resume", action="store_true", help="continue: a finished study is not run again")
     parser.add_argument("--seed", type=int, default=0, help="base seed of every study")
-    # argparse has --help; --helpshort is what absl launchers have, so accept both.
-    return parser.parse_args(["--help" if argument == "--helpshort" else argument for argument in arguments])
+    parser.add_argument("--helpshort", action="help", help="the same as --help, as the launchers have it")
+    return parser.parse_args(arguments)
 
 
 def _enter(workdir: Path, resume: bool) -> Path:
