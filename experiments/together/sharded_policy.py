@@ -5,7 +5,6 @@ parameters and moments keep the layout of training between steps, and ``merge``,
 samples, moves the parameters to the layout of decoding.
 """
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -96,9 +95,7 @@ def make_side(
 
     trainer = alignment.Trainer(
         policy=policy,
-        # Influence as row sums of the matrix of inner products of the objectives' gradients (an endless clip keeps them
-        # as they are): the trainer's default transposes the pullback, which the dispatcher's own derivatives refuse.
-        config=alignment.TrainerConfig(group_size=group_size, combine="advantage", influence_clip=math.inf),
+        config=alignment.TrainerConfig(group_size=group_size, combine="advantage"),
         loss=alignment.LossConfig(kl_kind="none"),
         rule=pareto.influence_weights(jnp.full(3, 1 / 3), rate, max_log_step=0.3),
         # A router between equal experts has no gradient but rounding, which Adam's usual eps of 1e-8 would scale up to

@@ -15,7 +15,7 @@ from jaxrl_suite.alignment.advantages import combined_advantages
 from jaxrl_suite.alignment.losses import LossTerms, mask_truncated, policy_loss
 from jaxrl_suite.alignment.trainer_state import Trainer, TrainerConfig, TrainerHParams, TrainerState
 from jaxrl_suite.config import check
-from jaxrl_suite.pareto.influence import path_name
+from jaxrl_suite.pareto.influence import path_name, push_forward
 from jaxrl_suite.types import Array, Generation
 
 
@@ -88,7 +88,7 @@ def linearise_log_probs(trainer: Trainer, reference: Any, params: Any, batch: Ba
         return Linearised(
             values,
             lambda slope: pullback(slope.astype(values.dtype))[0],
-            lambda direction: jax.linear_transpose(pullback, values)((direction,))[0],
+            push_forward(pullback, values),
         )
     cut = lambda x: x.reshape(number, rows // number, *x.shape[1:])  # noqa: E731
     pieces = (cut(batch.tokens), cut(batch.segments))
@@ -105,7 +105,7 @@ def linearise_log_probs(trainer: Trainer, reference: Any, params: Any, batch: Ba
     def push(direction: Any) -> Array:
         def one(piece: tuple[Array, Array]) -> Array:
             values, pullback = linear(*piece)
-            return jax.linear_transpose(pullback, values)((direction,))[0]
+            return push_forward(pullback, values)(direction)
 
         return jax.lax.map(one, pieces).reshape(rows, -1)
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxrl_suite.types import Array
 
 # How many points one step of the walk inserts: what it reads and writes of the cells is shared by that many.
-_BLOCK = 16
+_BLOCK = 32
 
 
 def _stages(number: int) -> Iterator[tuple[str, int]]:
@@ -158,10 +158,11 @@ def _cells(tile: _Tile, num_live: Array) -> Array:
     """The walk: S [N, ..., N, lanes], one axis of cells for each of ``tile.axes``."""
     number, lanes = tile.height.shape
     block = min(_BLOCK, number)
-    first, *rest = tile.axes
-    # Heights where the last cell axis is reached: made once, since the walk reads them once for every other cell.
-    reached = tile.height[:, None] if not rest else jnp.where(
-        rest[-1].mark[:, None] >= rest[-1].level[None], tile.height[:, None], 0)  # fmt: skip
+    *others, last = tile.axes
+    # Heights [cell, point, lanes] where the last cell axis is reached: made once, since the walk reads them once for
+    # every other cell. Points of a step lie side by side: at strides of a power of two they would share cache sets.
+    reached = jnp.where(last.mark[None] >= last.level[:, None], tile.height[None], 0) if others else tile.height[None]
+    compared = others or [last]
 
     def spread(values: Array, axis: int) -> Array:
         """[N or 1, lanes] along one of the cell axes."""
@@ -169,21 +170,23 @@ def _cells(tile: _Tile, num_live: Array) -> Array:
         shape[axis] = values.shape[0]
         return values.reshape(*shape, lanes)
 
-    def insert(step: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        top, total = carry
-        cut = lambda values: jax.lax.dynamic_slice_in_dim(values, step * block, block)  # noqa: E731
-        widths, heights, marks = cut(tile.steps), cut(reached), [cut(axis.mark) for axis in tile.axes[:-1] or (first,)]
+    def insert(step: Array, carry: Array) -> Array:
+        top, total = jax.lax.real(carry), jax.lax.imag(carry)
+        cut = lambda values: jax.lax.dynamic_slice_in_dim(values, step * block, block, axis=-2)  # noqa: E731
+        widths, heights, marks = cut(tile.steps), cut(reached), [cut(axis.mark) for axis in compared]
         for i in range(block):
-            candidate = spread(heights[i], len(tile.axes) - 1)
+            candidate = spread(heights[:, i], len(others))
             for axis, mark in enumerate(marks):
-                inside = spread(mark[i : i + 1], axis) >= spread(tile.axes[axis].level, axis)
+                inside = spread(mark[i : i + 1], axis) >= spread(compared[axis].level, axis)
                 candidate = jnp.where(inside, candidate, 0)
             top = _greater(candidate, top)
             total = total + widths[i] * top
-        return top, total
+        return jax.lax.complex(top, total)
 
+    # One array of pairs: of two arrays XLA would make two loops on a CPU, and walk all heights again for the second.
     zeros = jnp.zeros((*(number for _ in tile.axes), lanes), tile.height.dtype)
-    return jax.lax.fori_loop(0, (num_live + (block - 1)) // block, insert, (zeros, zeros))[1]
+    start = jax.lax.complex(zeros, zeros)
+    return jax.lax.imag(jax.lax.fori_loop(0, (num_live + (block - 1)) // block, insert, start))
 
 
 def _integrate(cells: Array, tile: _Tile, keep: int | None = None) -> Array:
@@ -207,8 +210,8 @@ def _num_live(chain: Array) -> Array:
     return jnp.max(jnp.sum(chain > 0, axis=1, dtype=jnp.int32))
 
 
-def _lanes(num_axes: int, batch: int) -> int:
-    return min(batch, 32 if num_axes <= 3 else 16)
+def _lanes(batch: int) -> int:
+    return min(batch, 32)
 
 
 def volume(points: Array) -> Array:
@@ -223,7 +226,7 @@ def volume(points: Array) -> Array:
     num_axes, _, batch = points.shape
     if num_axes == 1:
         return jnp.max(points[0], axis=0)
-    tiles = _tiles(points, _lanes(num_axes, batch))
+    tiles = _tiles(points, _lanes(batch))
     if num_axes == 2:
         return jax.vmap(_area)(tiles[0], tiles[1]).reshape(-1)[:batch]
     num_live = _num_live(tiles[0])
@@ -246,7 +249,7 @@ def volume_and_gradient(points: Array) -> tuple[Array, Array]:
         best = jnp.argmax(points[0], axis=0)
         highest = (jnp.arange(number)[:, None] == best[None, :]).astype(points.dtype)
         return jnp.max(points[0], axis=0), highest[None]
-    tiles = _tiles(points, _lanes(num_axes, batch))
+    tiles = _tiles(points, _lanes(batch))
     if num_axes == 2:
         total, *partial = jax.vmap(_area_gradient)(tiles[0], tiles[1])
         return total.reshape(-1)[:batch], jnp.stack([_untile(part, number, batch) for part in partial])

@@ -66,8 +66,26 @@ def linearise(
     """
     values, pullback = jax.vjp(objectives, params)
     (total,) = pullback(jnp.ones_like(values))
-    (influences,) = jax.linear_transpose(pullback, values)((select(total, subset),))
+    influences = push_forward(pullback, values)(select(total, subset))
     return Linearisation(values, influences, lambda weights: pullback(weights)[0], total)
+
+
+def push_forward(pullback: Callable[[Array], tuple[Any]], values: Array) -> Callable[[Any], Array]:
+    """Multiplication by the Jacobian from the multiplication by its transpose, without forward mode.
+
+    A pullback is linear, so its own pullback is its transpose. ``jax.linear_transpose`` would say the same, but refuses
+    functions whose backward pass calls a ``custom_vjp`` (the dispatcher of tokens to experts does, and so do products
+    of blocks with the matrix of an expert); reverse mode knows their rules.
+
+    Args:
+        pullback: as ``jax.vjp`` returns it for a function of one argument.
+        values: what that function returned, for shape and dtype.
+
+    Returns:
+        ``push(direction) -> J direction``, shaped like ``values``, for a direction like the argument.
+    """
+    transpose = jax.vjp(lambda slope: pullback(slope)[0], jnp.zeros_like(values))[1]
+    return lambda direction: transpose(direction)[0]
 
 
 def influence(objectives: Callable[[Any], Array], params: Any, *, subset: Callable[[str], bool] | None = None) -> Array:

@@ -1,10 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import optimize
 
-from jaxrl_suite import pareto
+from jaxrl_suite import moe, pareto
 from jaxrl_suite.pareto import Signals
 
 step = jax.jit(pareto.influence_step)
@@ -133,6 +135,27 @@ def test_influence_of_functions_with_their_own_backward():
 
     double.defvjp(lambda x: (2.0 * x, None), lambda _, g: (2.0 * g,))
     np.testing.assert_allclose(pareto.influence(lambda x: double(x) * jnp.array([1.0, 3.0]), jnp.zeros(2)), [4.0, 36.0])
+
+
+def test_influence_where_a_backward_pass_has_a_backward_of_its_own(x64):
+    """Products of blocks with the matrix of their expert: their derivative is another function with its own rule."""
+    rng = np.random.default_rng(0)
+    rows, weights = jnp.asarray(rng.normal(size=(6, 3))), jnp.asarray(rng.normal(size=(2, 3, 4)))
+    mixing, sizes = jnp.asarray(rng.normal(size=(5, 6))), jnp.array([4, 2], jnp.int32)
+
+    def objectives(product, params):
+        return mixing @ jnp.tanh(product(*params)).sum(axis=1)
+
+    def grouped(rows, weights):
+        return moe.grouped_matmul(rows, weights, sizes, block=2)
+
+    def dense(rows, weights):
+        return jnp.einsum("rd,rdf->rf", rows, weights[jnp.array([0, 0, 0, 0, 1, 1])])
+
+    jacobian = jax.jacobian(functools.partial(objectives, dense))((rows, weights))
+    flat = np.concatenate([np.asarray(part).reshape(5, -1) for part in jacobian], axis=1)
+    influence = jax.jit(lambda params: pareto.influence(functools.partial(objectives, grouped), params))
+    np.testing.assert_allclose(influence((rows, weights)), (flat @ flat.T).sum(1), rtol=1e-10)
 
 
 def test_two_objectives_compare_norms(x64):
