@@ -61,12 +61,12 @@ class Policy(NamedTuple):
     """A token policy: the only thing that alignment sees of a model.
 
     Attributes:
-        log_probs: ``log_probs(params, tokens [B, T], segments [B, T] | None) -> [B, T]``; entry t is
-            log p(token t | tokens before t), 0 at the first token of each segment.
+        log_probs: ``log_probs(params, tokens [B, T], segments [B, T] | None, *, start=0) -> [B, T - start]``; of the
+            tokens from ``start`` on, log p(token t | tokens before t), 0 at the first token of each segment.
         generate: ``generate(key, params, prompts [B, P], mask [B, P], row_ids [B], sampling) -> Generation``.
     """
 
-    log_probs: Callable[[Params, Array, Array | None], Array]
+    log_probs: Callable[..., Array]
     generate: Callable[..., Generation]
 
 

@@ -36,9 +36,9 @@ def bit_policy(num_bits: int, *, autoregressive: bool) -> Policy:
     def scores(params: Params, bits: Array) -> Array:
         return jax.nn.log_sigmoid(jnp.where(bits == 1, 1.0, -1.0) * logits(params, bits))
 
-    def log_probs(params: Params, tokens: Array, segments: Array | None = None) -> Array:
+    def log_probs(params: Params, tokens: Array, segments: Array | None = None, *, start: int = 0) -> Array:
         del segments
-        return jnp.pad(scores(params, tokens[:, 1:]), ((0, 0), (1, 0)))
+        return jnp.pad(scores(params, tokens[:, 1:]), ((0, 0), (1, 0)))[:, start:]
 
     def generate(
         key: PRNGKey, params: Params, prompts: Array, mask: Array, row_ids: Array, sampling: BitSampling

@@ -62,8 +62,8 @@ def join_batch(trainer: Trainer, state: TrainerState, prompts: Array, mask: Arra
     segments = real.astype(jnp.int32)
     reference = None
     if trainer.loss.kl_kind != "none" and state.reference is not None:
-        full = trainer.policy.log_probs(state.reference, tokens, segments)
-        reference = jax.lax.stop_gradient(full[:, prompts.shape[1] :])
+        values = trainer.policy.log_probs(state.reference, tokens, segments, start=prompts.shape[1])
+        reference = jax.lax.stop_gradient(values)
     return Batch(tokens, segments, valid, generation.log_probs, reference)
 
 
@@ -79,7 +79,7 @@ def linearise_log_probs(trainer: Trainer, reference: Any, params: Any, batch: Ba
 
     def linear(tokens: Array, segments: Array) -> tuple[Array, Callable[[Array], tuple[Any]]]:
         def log_probs(params: Any) -> Array:
-            return trainer.policy.log_probs(trainer.assemble(params, reference), tokens, segments)[:, start:]
+            return trainer.policy.log_probs(trainer.assemble(params, reference), tokens, segments, start=start)
 
         return jax.vjp(log_probs, params)
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
+from jaxrl_suite.config import check
 from jaxrl_suite.lm.config import LanguageModelConfig
 from jaxrl_suite.lm.decoder import IDENTITY, final_norm, forward, head_table, logits_of
 from jaxrl_suite.lm.layers import wide
@@ -33,9 +34,10 @@ def log_probs(
     temperature: float | Array = 1.0,
     parallel: Parallel = IDENTITY,
     chunk: int | None = None,
+    start: int = 0,
     **options: Any,
 ) -> Array:
-    """``log p(token t | tokens before t)`` for every token.
+    """``log p(token t | tokens before t)`` for every token from ``start`` on.
 
     Args:
         params: see the parameter table of the package.
@@ -45,15 +47,24 @@ def log_probs(
         temperature: logits are divided by it.
         parallel: hooks; ``token_log_prob`` reads each chunk of logits.
         chunk: rows of logits held at once; chosen from the vocabulary by default.
+        start: first token wanted; the output table, the dearest matrix of a small model, is not applied before it.
         **options: as for :func:`jaxrl_suite.lm.decoder.forward`.
 
     Returns:
-        [B, T] in nats, float32 at least; 0 at the first token of each segment and at padding.
+        [B, T - start] in nats, float32 at least; 0 at the first token of each segment and at padding.
+
+    Raises:
+        ValueError: ``start`` does not lie in ``0 .. T - 1``.
     """
+    length = tokens.shape[1]
+    check(0 <= start < length, argument="start", value=start, rule=f"must lie in 0 .. {length - 1}: rows have {length}")
     x, _ = forward(params, tokens, config=config, segments=segments, parallel=parallel, **options)
     h = parallel.before_column(final_norm(params, x, config=config))
+    # Row t - 1 predicts token t; the row before the first does not matter, since it is masked.
+    rows = jnp.roll(h, 1, axis=1)
     targets, real = shifted_targets(tokens, segments)
-    return jnp.where(real, _picked(params, h, targets, config, temperature, parallel, chunk), 0.0)
+    rows, targets, real = (part[:, start:] for part in (rows, targets, real))
+    return jnp.where(real, _picked(params, rows, targets, config, temperature, parallel, chunk), 0.0)
 
 
 def shifted_targets(tokens: Array, segments: Array | None) -> tuple[Array, Array]:
@@ -71,7 +82,7 @@ def shifted_targets(tokens: Array, segments: Array | None) -> tuple[Array, Array
 
 def _picked(
     params: Params,
-    h: Array,
+    rows: Array,
     targets: Array,
     config: LanguageModelConfig,
     temperature: float | Array,
@@ -79,9 +90,8 @@ def _picked(
     chunk: int | None,
 ) -> Array:
     table = head_table(params)
-    batch, length, width = h.shape
-    # Row t - 1 predicts token t; the row before the first does not matter, since it is masked.
-    rows = jnp.roll(h, 1, axis=1).reshape(-1, width)
+    batch, length, width = rows.shape
+    rows = rows.reshape(-1, width)
     size = chunk_rows(rows.shape[0], table.shape[0]) if chunk is None else min(chunk, rows.shape[0])
     padding = -rows.shape[0] % size
     rows = jnp.pad(rows, ((0, padding), (0, 0))).reshape(-1, size, width)

@@ -42,12 +42,14 @@ def token_log_probs(
     segments: Array | None = None,
     *,
     temperature: float | Array = 1.0,
+    start: int = 0,
 ) -> Array:
-    """``log p(token t | tokens before t)``: [B, T] in nats, 0 at the first token of each segment and at padding.
+    """``log p(token t | tokens before t)`` in nats, [B, T - start], 0 at the first token of each segment and at padding.
 
-    Logits are made and dropped in chunks, so [B, T, V] never exists, in the backward pass neither.
+    Logits are made and dropped in chunks, so [B, T, V] never exists, in the backward pass neither. Tokens before
+    ``start``, a prompt say, are read but not scored.
     """
-    return log_probs(params, tokens, segments, config=model.config, temperature=temperature)
+    return log_probs(params, tokens, segments, config=model.config, temperature=temperature, start=start)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "loop", "unrolled"))
@@ -125,8 +127,8 @@ def policy(model: LanguageModel, *, temperature: float = 1.0) -> Policy:
         temperature: of ``log_probs``; use the sampling temperature where both must agree.
     """
 
-    def policy_log_probs(params: Params, tokens: Array, segments: Array | None = None) -> Array:
-        return token_log_probs(model, params, tokens, segments, temperature=temperature)
+    def policy_log_probs(params: Params, tokens: Array, segments: Array | None = None, *, start: int = 0) -> Array:
+        return token_log_probs(model, params, tokens, segments, temperature=temperature, start=start)
 
     def policy_generate(
         key: PRNGKey, params: Params, prompts: Array, mask: Array, row_ids: Array, sampling: Sampling, **options: Any

@@ -45,8 +45,9 @@ def policy(config: MoEConfig, folding: Folding) -> Policy:
     check_folding(config, folding)
     config = dropless(config)
 
-    def log_probs(params: Params, tokens: Array, segments: Array | None = None) -> Array:
-        return _log_probs(params, tokens, segments, config=config, folding=folding)
+    def log_probs(params: Params, tokens: Array, segments: Array | None = None, *, start: int = 0) -> Array:
+        # Sequences are split over devices, so that leaving out the first tokens would leave some ranks idle.
+        return _log_probs(params, tokens, segments, config=config, folding=folding)[:, start:]
 
     def generate(
         key: PRNGKey, params: Params, prompts: Array, mask: Array, row_ids: Array, sampling: Any, **options: Any

@@ -31,12 +31,12 @@ def bit_policy(expressive):
     def bit_log_prob(params, tokens, previous, position):
         return jax.nn.log_sigmoid(jnp.where(tokens == 1, 1.0, -1.0) * logit(params, previous, position))
 
-    def log_probs(params, tokens, segments=None):
+    def log_probs(params, tokens, segments=None, *, start=0):
         del segments
         previous = jnp.concatenate([jnp.zeros_like(tokens[:, :1]), tokens[:, :-1]], axis=1)
         position = jnp.arange(tokens.shape[1])[None] - 1
         values = bit_log_prob(params, tokens, previous, position)
-        return jnp.where(position >= 0, values, 0.0)
+        return jnp.where(position >= 0, values, 0.0)[:, start:]
 
     def generate(key, params, prompts, mask, row_ids, sampling):
         del mask, sampling

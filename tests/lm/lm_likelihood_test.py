@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxrl_suite import lm
 from jaxrl_suite.testing import assert_close
@@ -40,6 +41,28 @@ def test_chunked_log_probs_and_gradients_equal_full_logits(key):
         assert_close(actual, expected, "reference")
     zero = np.array([[1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 1, 0, 0, 1]], bool)
     np.testing.assert_array_equal(np.asarray(others[0][0][1]) == 0, zero)
+
+
+def test_scores_from_a_token_on_are_the_end_of_all_scores(key):
+    """A prompt is read and not scored: values and gradients are those of the slice; the table meets fewer rows."""
+    params = lm_decoder.parameters(CONFIG)
+    tokens = jax.random.randint(key, (2, 7), 0, 19)
+    weights = jax.random.normal(key, (2, 3))
+
+    def late(p):
+        return lm.log_probs(p, tokens, SEGMENTS, config=CONFIG, start=4)
+
+    def cut(p):
+        return lm.log_probs(p, tokens, SEGMENTS, config=CONFIG)[:, 4:]
+
+    def graded(form):
+        return jax.value_and_grad(lambda p: jnp.sum(weights * form(p)))
+
+    actual, expected = jax.jit(lambda p: (graded(late)(p), graded(cut)(p)))(params)
+    assert_close(actual, expected, "reference")
+    assert "f32[6,19]" in str(jax.make_jaxpr(late)(params)) and "f32[14,19]" not in str(jax.make_jaxpr(late)(params))
+    with pytest.raises(ValueError, match="start"):
+        lm.log_probs(params, tokens, config=CONFIG, start=7)
 
 
 def test_logits_of_all_tokens_never_exist():
