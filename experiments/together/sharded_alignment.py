@@ -60,6 +60,7 @@ def run(run: "Run") -> Result:
     """Trains on one device, then folded, on the same prompts and draws."""
     config = cast(ShardedAlignmentConfig, run.config)
     folding = moe.Folding.parse(config.folding, 8)
+    folding.mesh()  # too few devices are an error before anything is trained
     params, model, prompts_of, rewards, sampling = _policy(run, config, folding)
     sides = {}
     for name in _SIDES:
