@@ -1,5 +1,6 @@
 """Trains a model of your own on questions of your own, with several rewards and weights that may change."""
 
+import ast
 import dataclasses
 import importlib.util
 import logging
@@ -38,6 +39,7 @@ class OwnDataConfig(Config):
     prompt_column: str = field("prompt", help="column of the questions, dots for nested columns")
     answer_column: str = field("reward_model.ground_truth", help="column of the answers; 'answer' is tried too")
     task: str = field("chain_sum", help="generator of reasoning-gym, used without --data")
+    task_settings: str = field("", help="settings of that generator, for example max_terms=2,max_digits=1")
     num_questions: int = field(256, help="questions at most")
     objectives: str = field("accuracy,conciseness,clarity", help="objectives, comma-separated, in this order")
     rewards: str = field("", help="Python file with functions f(prompts, completions, **columns) named like objectives")
@@ -120,7 +122,21 @@ def _load_task(config: OwnDataConfig) -> Task:
     if config.data:
         return parquet_task(config.data, prompt_column=config.prompt_column, answer_column=config.answer_column,
                             max_questions=config.num_questions)  # fmt: skip
-    return reasoning_gym_task(config.task, num_questions=config.num_questions)
+    return reasoning_gym_task(config.task, num_questions=config.num_questions, **_settings(config.task_settings))
+
+
+def _settings(text: str) -> dict[str, Any]:
+    """``name=value`` pairs, separated by commas; values are numbers, true, false, or words."""
+    settings: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        check(bool(equals) and name.isidentifier(), argument="task_settings", value=part, rule="is not name=value",
+              remedy="Separate pairs by commas: max_terms=2,max_digits=1")  # fmt: skip
+        try:
+            settings[name] = ast.literal_eval({"true": "True", "false": "False"}.get(value.lower(), value))
+        except (ValueError, SyntaxError):
+            settings[name] = value
+    return settings
 
 
 def _encode(prompt: Any, tokenizer: Any) -> list[int]:

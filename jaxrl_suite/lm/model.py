@@ -44,7 +44,7 @@ def token_log_probs(
     temperature: float | Array = 1.0,
     start: int = 0,
 ) -> Array:
-    """``log p(token t | tokens before t)`` in nats, [B, T - start], 0 at the first token of each segment and at padding.
+    """``log p(token t | tokens before t)`` in nats: [B, T - start], 0 where a segment begins and at padding.
 
     Logits are made and dropped in chunks, so [B, T, V] never exists, in the backward pass neither. Tokens before
     ``start``, a prompt say, are read but not scored.

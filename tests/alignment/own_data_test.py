@@ -132,6 +132,8 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
         (("--max_prompt=3",), "every prompt is longer"),
         (("--rewards=none.py",), "no such file"),
         (("--data=none.parquet",), "no such file"),
+        (("--task_settings=max_terms",), "task_settings='max_terms': is not name=value"),
+        (("--task_settings=max_terms=2,colour=red",), "the generator refuses {'max_terms': 2, 'colour': 'red'}"),
     ],
 )
 def test_bad_input_is_refused_before_training(tmp_path, capsys, flags, message):
