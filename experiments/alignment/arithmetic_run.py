@@ -40,6 +40,11 @@ class ArithmeticSizes(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.digits in (1, 2), argument="digits", value=self.digits, rule="must be 1 or 2")
+        for name, least in (("supervised_steps", 1), ("num_steps", 1), ("num_prompts", 1), ("group_size", 2),
+                            ("eval_every", 1), ("num_eval", 1)):  # fmt: skip
+            check(
+                getattr(self, name) >= least, argument=name, value=getattr(self, name), rule=f"must be at least {least}"
+            )
         check(self.num_steps % self.eval_every == 0, argument="eval_every", value=self.eval_every,
               rule=f"must divide num_steps={self.num_steps}")  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -69,11 +70,19 @@ class ProtocolConfig(ArithmeticSizes):
     def __post_init__(self) -> None:
         super().__post_init__()
         for candidate in self.candidates:
-            name = candidate.split(":")[0]
+            name, _, setting = candidate.partition(":")
+            check(_is_number(setting), argument="candidates", value=candidate, rule="must read name:number")
             check(name in CANDIDATES, argument="candidates", value=candidate, rule="unknown rule",
                   remedy=f"Rules: {', '.join(CANDIDATES)}")  # fmt: skip
         check(self.tuning_seeds >= 1, argument="tuning_seeds", value=self.tuning_seeds, rule="must be positive")
         check(self.test_seeds >= 2, argument="test_seeds", value=self.test_seeds, rule="an interval needs two seeds")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 class _Runs:

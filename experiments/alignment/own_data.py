@@ -249,7 +249,8 @@ class _Session:
         grouped = (len(self.config.names), len(chosen), self.config.group_size)
         rewards, scored = scores.rewards.reshape(grouped), scores.mask.reshape(grouped)
         lengths = np.asarray(generation.mask).sum(1)
-        values = np.where(scored.any((1, 2)), rewards.sum((1, 2)) / np.maximum(scored.sum((1, 2)), 1), 0.0)
+        # NaN where a reward failed for the whole batch: the weights then stay, and the step is on no front.
+        values = np.where(scored.any((1, 2)), rewards.sum((1, 2)) / np.maximum(scored.sum((1, 2)), 1), np.nan)
         for index, name in enumerate(self.config.names):
             if name == "conciseness":  # fronts are about length itself, in units of the window
                 values[index] = 1 - lengths.mean() / self.config.max_tokens
@@ -319,15 +320,20 @@ def run(run: "Run") -> Result:
     weights = np.stack([run.series(f"weight/{name}") for name in names], axis=1)
     rewards = np.stack([run.series(f"reward/{name}/mean") for name in names], axis=1)
     faults = sum(run.series(f"faults/{name}/completions").sum() for name in names)
-    front = np.asarray(pareto.non_dominated(jnp.asarray(points)))
+    known = np.isfinite(points).all(axis=1)
+    front = np.asarray(pareto.non_dominated(jnp.asarray(points), jnp.asarray(known)))
     summary: dict[str, float | int | str | bool | None] = {}
     tenth = max(1, len(points) // 10)
     for index, name in enumerate(names):
-        summary[f"objective/{name}/first"] = float(points[:tenth, index].mean())
-        summary[f"objective/{name}/last"] = float(points[-tenth:, index].mean())
+        there = points[np.isfinite(points[:, index]), index]
+        summary[f"objective/{name}/first"] = float(there[:tenth].mean()) if len(there) else None
+        summary[f"objective/{name}/last"] = float(there[-tenth:].mean()) if len(there) else None
         summary[f"weight/{name}/last"] = float(weights[-1, index])
     summary["front/points"] = int(front.sum())
-    summary["front/hypervolume_above_0"] = float(pareto.hypervolume(jnp.asarray(points), jnp.zeros(len(names))))
+    summary["front/hypervolume_above_0"] = float(
+        pareto.hypervolume(jnp.asarray(points), jnp.zeros(len(names)), mask=jnp.asarray(known))
+    )
+    summary["steps/without_a_value"] = int((~known).sum())
     summary["questions/used"] = len(session.questions.encoded)
     for reason, count in session.questions.skipped.items():
         summary[f"questions/{reason.replace(' ', '_')}"] = count

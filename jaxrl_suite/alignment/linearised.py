@@ -15,7 +15,7 @@ from jaxrl_suite.alignment.advantages import combined_advantages
 from jaxrl_suite.alignment.losses import LossTerms, mask_truncated, policy_loss
 from jaxrl_suite.alignment.trainer_state import Trainer, TrainerConfig, TrainerHParams, TrainerState
 from jaxrl_suite.config import check
-from jaxrl_suite.pareto.influence import path_name, push_forward
+from jaxrl_suite.pareto.influence import gram_influence, gram_of, path_name, push_forward, squared_norms
 from jaxrl_suite.types import Array, Generation
 
 
@@ -158,13 +158,8 @@ def batch_influence(
         return jnp.sum(slopes * pushed, axis=(1, 2))
     # Parity (D5): norms over all parameters need every gradient once; they are taken one after another.
     gradients = jax.lax.map(linear.pullback, slopes)
-    squares = sum(jnp.sum(leaf * leaf, axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(gradients))
-    chosen = restrict(gradients, config, stacked=1)
-    flat = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(chosen)]
-    matrix = jnp.asarray(sum(jnp.matmul(rows, rows.T, precision="highest") for rows in flat))
-    norms = jnp.sqrt(jnp.maximum(jnp.asarray(squares), jnp.finfo(matrix.dtype).tiny))
-    factors = jnp.minimum(1.0, config.influence_clip / norms)
-    return factors * (matrix @ factors)
+    matrix = gram_of(restrict(gradients, config, stacked=1))
+    return gram_influence(matrix, squared_norms=squared_norms(gradients), clip_norm=config.influence_clip)
 
 
 def restrict(tree: Any, config: TrainerConfig, *, stacked: int = 0) -> Any:

@@ -145,8 +145,8 @@ def surrogate_loss(ratio: Array, log_probs: Array, advantages: Array, config: Lo
         return -weight * advantages * log_probs, jnp.zeros(ratio.shape, bool)
     bounded = ratio if config.delta is None else jnp.minimum(ratio, config.delta)
     free, held = -bounded * advantages, -jnp.clip(ratio, low, high) * advantages
-    loss = jnp.maximum(free, held)
     clipped = held > free
+    loss = jnp.where(clipped, held, free)  # jnp.maximum would halve the derivative where both are equal
     if config.dual_clip is not None:
         ceiling = -config.dual_clip * advantages
         beyond = (advantages < 0) & (ceiling < loss)

@@ -186,7 +186,7 @@ def init_trainer(
         optimizer=trainer.optimizer.init(params),
         reference=reference,
         rule_state=rule_state,
-        weights=jnp.full((num_objectives,), 1.0 / num_objectives),
+        weights=jnp.full((num_objectives,), 1.0 / num_objectives, jnp.result_type(float)),
         lengths=init_running_mean(),
         key=key,
         step=jnp.zeros((), jnp.int32),

@@ -19,7 +19,9 @@ from jaxrl_suite.alignment.losses import LossTerms, mask_truncated
 from jaxrl_suite.alignment.running import update_running_mean
 from jaxrl_suite.alignment.trainer_state import Metrics, Trainer, TrainerHParams, TrainerState
 from jaxrl_suite.config import check
+from jaxrl_suite.distributions import masked_mean, masked_variance
 from jaxrl_suite.pareto import Signals, weight_gain
+from jaxrl_suite.pareto.influence import squared_norms
 from jaxrl_suite.types import Array, Generation
 
 
@@ -47,6 +49,7 @@ def update(
         scored: bool [K, B, G]; all by default. NaN counts as not scored.
         hparams: numbers that people sweep.
         objectives: [K], values of the objectives for the weight rule (validation, say); the batch's means by default.
+            Where one is NaN, or nothing was scored for one, rule and weights stay as they are in this step.
 
     Returns:
         The next state and the metrics of this step.
@@ -62,7 +65,9 @@ def update(
     influences = jnp.zeros_like(state.weights)
     if "influence" in trainer.rule.reads:
         influences = batch_influence(trainer, linear, rewards, keep, batch, hparams).astype(dtype)
-    means = _means(rewards, keep)
+    means = masked_mean(rewards, keep, axis=(1, 2)).astype(dtype)
+    if objectives is None:  # an objective that nothing in the batch was scored for has no value
+        objectives = jnp.where(jnp.any(keep, axis=(1, 2)), means, jnp.nan)
     token_mask = batch.mask.reshape(*rewards.shape[1:], -1)
     gain_before = jnp.asarray(weight_gain(state.rule_state), dtype)
 
@@ -73,12 +78,17 @@ def update(
         )  # fmt: skip
 
     signals = Signals(
-        objectives=means if objectives is None else objectives,
+        objectives=objectives,
         influence=influences,
         rewards=rewards,
         advantages=jnp.sum(advantages_for(state.weights, gain_before), -1) / jnp.maximum(jnp.sum(token_mask, -1), 1),
     )
-    rule_state, weights = trainer.rule.step(state.rule_state, signals)
+    moved = trainer.rule.step(state.rule_state, signals)
+    # A verifier that failed for a whole batch says nothing: neither a zero nor a NaN may move the weights.
+    known = jnp.all(jnp.isfinite(objectives))
+    rule_state, weights = jax.tree.map(
+        lambda new, old: jnp.where(known, new, old), moved, (state.rule_state, state.weights)
+    )
     used = weights if config.weights_first else jnp.where(state.step == 0, weights, state.weights)
     # The gain that a step computes acts on the next one.
     advantages = advantages_for(used, gain_before).reshape(batch.mask.shape)
@@ -88,14 +98,16 @@ def update(
     stopped = mask_truncated(generation.mask, generation.tokens, tuple(trainer.sampling.stop_tokens))
     tokens = jnp.maximum(jnp.sum(generation.mask), 1).astype(dtype)
     drift = jnp.abs(jnp.expm1(jnp.where(generation.mask, log_probs - generation.log_probs, 0)))
+    highest = jnp.max(rewards, axis=2, where=keep, initial=-jnp.inf)
+    lowest = jnp.min(rewards, axis=2, where=keep, initial=jnp.inf)
     metrics = Metrics(
         reward_mean=means,
-        reward_std=jnp.sqrt(jnp.maximum(_means(rewards * rewards, keep) - means * means, 0)),
+        reward_std=jnp.sqrt(masked_variance(rewards, keep, axis=(1, 2))).astype(dtype),
         weighted_mean=used * means,
         weights=used,
         gain=gain_before,
         influence=influences,
-        constant_groups=jnp.mean(jnp.ptp(rewards, axis=2) == 0, axis=1),
+        constant_groups=jnp.mean(highest <= lowest, axis=1),
         unscored=1 - jnp.mean(keep, axis=(1, 2)),
         length_mean=jnp.mean(lengths.astype(dtype)),
         truncated=1 - jnp.mean(jnp.any(stopped, axis=1)),
@@ -119,11 +131,7 @@ def update(
 
 
 def _norm(tree: Any) -> Array:
-    return jnp.sqrt(jnp.asarray(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree))))
-
-
-def _means(rewards: Array, keep: Array) -> Array:
-    return jnp.sum(jnp.where(keep, rewards, 0), axis=(1, 2)) / jnp.maximum(jnp.sum(keep, axis=(1, 2)), 1)
+    return jnp.sqrt(squared_norms(jax.tree.map(lambda leaf: leaf[None], tree))[0])
 
 
 def _optimise(

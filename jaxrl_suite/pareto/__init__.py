@@ -14,7 +14,7 @@ from jaxrl_suite.pareto.aggregate import (
 from jaxrl_suite.pareto.dominance import Archive, archive_insert, dominates, init_archive, non_dominated
 from jaxrl_suite.pareto.hypervolume import hypervolume, hypervolume_contributions, hypervolume_improvement
 from jaxrl_suite.pareto.indicators import igd_plus, r2
-from jaxrl_suite.pareto.influence import Linearisation, gram, gram_influence, influence, linearise
+from jaxrl_suite.pareto.influence import Linearisation, gram, gram_influence, gram_of, influence, linearise
 from jaxrl_suite.pareto.quadratic import project_simplex, solve_quadratic
 from jaxrl_suite.pareto.scalarisers import boundary_intersection, linear, smooth_tchebycheff, tchebycheff
 from jaxrl_suite.pareto.statistics_weights import (
@@ -24,7 +24,7 @@ from jaxrl_suite.pareto.statistics_weights import (
     mo_grpo_weights,
     saw_weights,
 )
-from jaxrl_suite.pareto.transform import famo_weights, gram_of, multi_objective
+from jaxrl_suite.pareto.transform import famo_weights, multi_objective
 from jaxrl_suite.pareto.weights import (
     Signals,
     WeightRule,

@@ -31,7 +31,7 @@ def igd_plus(points: Array, front: Array, *, mask: Array | None = None) -> Array
     distance = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
     if mask is not None:
         distance = jnp.where(mask[None, :], distance, jnp.inf)
-    return jnp.mean(jnp.min(distance, axis=1))
+    return jnp.mean(_least(distance))
 
 
 def r2(points: Array, weights: Array, ideal: Array, *, mask: Array | None = None) -> Array:
@@ -58,4 +58,9 @@ def r2(points: Array, weights: Array, ideal: Array, *, mask: Array | None = None
     values = jnp.max(weights[:, None, :] * (ideal - points)[None, :, :], axis=-1)
     if mask is not None:
         values = jnp.where(mask[None, :], values, jnp.inf)
-    return jnp.mean(jnp.min(values, axis=1))
+    return jnp.mean(_least(values))
+
+
+def _least(values: Array) -> Array:
+    """Least entry of each row; its derivative goes to one such entry, where `jnp.min` divides by a count of ties."""
+    return jnp.take_along_axis(values, jnp.argmin(values, axis=1)[:, None], axis=1)[:, 0]

@@ -129,11 +129,24 @@ def gram(
     """
     values, pullback = jax.vjp(objectives, params)
     gradients = jax.lax.map(lambda row: pullback(row)[0], jnp.eye(values.shape[0], dtype=values.dtype))
-    chosen = gradients if subset is None else select(gradients, subset)
-    flat = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(chosen)]
-    matrix = sum(jnp.matmul(rows, rows.T, precision="highest") for rows in flat)
-    squares = sum(jnp.sum(leaf * leaf, axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(gradients))
-    return jnp.asarray(matrix), jnp.asarray(squares)
+    return gram_of(gradients if subset is None else select(gradients, subset)), squared_norms(gradients)
+
+
+def gram_of(stacked: Any) -> Array:
+    """Gram matrix [K, K] of gradients stacked along the first axis of every leaf, in float32 at least."""
+    rows = [leaf.reshape(leaf.shape[0], -1) for leaf in map(_wide, jax.tree.leaves(stacked))]
+    return jnp.asarray(sum(jnp.matmul(part, part.T, precision="highest") for part in rows))
+
+
+def squared_norms(stacked: Any) -> Array:
+    """Squared norms [K] of gradients stacked along the first axis of every leaf, in float32 at least."""
+    leaves = map(_wide, jax.tree.leaves(stacked))
+    return jnp.asarray(sum(jnp.sum(leaf * leaf, axis=tuple(range(1, leaf.ndim))) for leaf in leaves))
+
+
+def _wide(leaf: Array) -> Array:
+    """Squares of float16 overflow from 256 on, sums of bfloat16 have three digits."""
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def gram_influence(

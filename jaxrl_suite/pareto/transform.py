@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_suite.pareto.aggregate import Aggregator, aggregate
-from jaxrl_suite.pareto.influence import gram_influence
+from jaxrl_suite.pareto.influence import gram_influence, gram_of
 from jaxrl_suite.pareto.weights import Signals, WeightRule, check_simplex
 from jaxrl_suite.types import Array
 
@@ -27,13 +27,6 @@ class MultiObjectiveState(NamedTuple):
     weights: Array
     gram: Array
     step: Array
-
-
-def gram_of(stacked: Any) -> Array:
-    """Gram matrix [K, K] of gradients stacked along the first axis of every leaf, in float32 at least."""
-    leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(stacked)]
-    wide = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
-    return jnp.asarray(sum(jnp.matmul(rows, rows.T, precision="highest") for rows in wide))
 
 
 def multi_objective(

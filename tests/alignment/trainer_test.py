@@ -239,3 +239,19 @@ def test_groups_of_one_need_a_batch_estimator():
     with pytest.raises(ValueError, match="group_size=1: a group of one"):
         TrainerConfig(estimator="rloo", group_size=1)
     assert TrainerConfig(estimator="reinforce", group_size=1).group_size == 1
+
+
+def test_a_batch_without_a_value_of_an_objective_leaves_the_weights(key):
+    """A verifier that failed for all completions is no zero: rule and weights stay, parameters still learn."""
+    trainer = make(pareto.hypervolume_gain_weights(jnp.asarray(HALF), capacity=3))
+    state = start(trainer, key)
+    generation = alignment.rollout(trainer, state, *PROMPTS)
+    rewards = reward(None, generation, None).reshape(2, 8, 16)
+    every = jnp.ones(rewards.shape, bool)
+    step = jax.jit(lambda scored: alignment.update(trainer, state, *PROMPTS, generation, rewards, scored))
+    after, metrics = step(every.at[1].set(False))
+    jax.tree.map(np.testing.assert_array_equal, (after.rule_state, after.weights), (state.rule_state, state.weights))
+    assert float(metrics.unscored[1]) == 1
+    assert float(jnp.abs(after.params["theta"] - state.params["theta"]).max()) > 0
+    moved = jax.tree.leaves(step(every)[0].rule_state)
+    assert any(np.any(a != b) for a, b in zip(moved, jax.tree.leaves(state.rule_state), strict=True))
