@@ -39,6 +39,7 @@ from jaxrl_suite.coupling.ranked_beliefs import (
     uniform_belief,
 )
 from jaxrl_suite.coupling.sparse import check_names, check_rate
+from jaxrl_suite.distributions import invert_cdf
 from jaxrl_suite.types import Array, PRNGKey
 
 EncoderName = Literal["greedy", "uniform_fixed", "uniform_adaptive"]
@@ -300,10 +301,8 @@ _SAY = {
 def _draw(keys: Array, weights: Array, laws: Array, observed: Array) -> Array:
     """int32 [B], observed actions, or draws in proportion to ``weights [B, A]``; by the law if there is no weight."""
     weights = jnp.where(jnp.sum(weights, axis=1, keepdims=True) > 0, weights, laws)
-    sums = jnp.cumsum(weights, axis=1)
-    target = jax.vmap(lambda key: jax.random.uniform(key, (), weights.dtype))(keys) * sums[:, -1]
-    drawn = jnp.sum(sums <= target[:, None], axis=1, dtype=jnp.int32)
-    return jnp.where(observed >= 0, observed, drawn)
+    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (), weights.dtype))(keys)
+    return jnp.where(observed >= 0, observed, invert_cdf(weights, uniforms))
 
 
 def _write(board: _Board, before: _Lanes, after: _Lanes, actions: Array, truth: Array, ended: Array) -> _Board:
