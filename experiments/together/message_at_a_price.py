@@ -92,7 +92,7 @@ def gain_at_equal_reward(ours: np.ndarray, theirs: np.ndarray) -> float:
 def _grid(config: MessageAtAPriceConfig) -> dict[str, np.ndarray]:
     """Points (reward, bits, accuracy) of policies trained at each price and of maximum-entropy policies."""
     grid = rate_grid(RateGridConfig(layout=config.layout, noise=0.0, horizon=config.horizon))
-    successors = grid.mdp.successors[:, :, 0]  # type: ignore[index]  # the builder always stores lists
+    successors = grid.successors[:, :, 0]
     temperatures = jnp.asarray(config.temperatures)
     plans = jax.vmap(lambda t: soft_policy(grid, t, horizon=config.horizon))(temperatures)
     middle = jnp.log(jnp.maximum(plans[len(plans) // 2], 1e-6))
@@ -135,7 +135,7 @@ def _text(config: MessageAtAPriceConfig, key: jax.Array) -> dict[str, np.ndarray
         )  # fmt: skip
 
     blank = jnp.zeros((config.num_texts, config.num_characters), jnp.int32)
-    points: dict[str, list] = {"planned": [], "plain": [], "exact_planned": [], "exact_plain": []}
+    points: dict[str, list] = {"planned": [], "plain": [], "exact_planned": []}
     samples, agree = [], True
     for row, number in enumerate(config.text_prices):
         price = jnp.float32(number)
@@ -158,7 +158,6 @@ def _text(config: MessageAtAPriceConfig, key: jax.Array) -> dict[str, np.ndarray
             points[name].append([float(jnp.mean(sent.quality)), bits, float(jnp.mean(read.decoded == messages))])
             if name == "planned":
                 points["exact_planned"].append(np.asarray(exact(values, price)))
-            if name == "planned":
                 samples.append(byte_model.decode(np.asarray(sent.texts[0])))
     curve = np.geomspace(0.4 * min(config.text_prices), 1.2 * max(config.text_prices), 16).astype(np.float32)
     none = jnp.zeros((config.num_characters + 1, table.shape[0]))

@@ -1,6 +1,7 @@
 """Aligning a sharded mixture of experts: the same training on one device and folded over eight, step by step."""
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -69,8 +70,8 @@ def run(run: "Run") -> Result:
             learning_rate=config.learning_rate, rate=config.rate, host=bool(config.model),
         )  # fmt: skip
         sides[name] = _train(run, config, name, side, params, prompts_of)
-    moved = run.stage("reshard", lambda: _reshard(sides["folded"][0], model, folding))
-    rows = {name: {key: run.series(f"{name}/{key}") for key in sides[name][1]} for name in _SIDES}
+    moved = run.stage("reshard", lambda: _reshard(sides["folded"], model, folding))
+    rows = {name: {key: run.series(f"{name}/{key}") for key in _NAMES} for name in _SIDES}
     one, folded = rows["one"], rows["folded"]
     same = one["tokens/checksum"] == folded["tokens/checksum"]
     differences = {key: np.abs(folded[key] - one[key]) / (np.abs(one[key]) if "norm" in key else 1) for key in one}
@@ -81,7 +82,7 @@ def run(run: "Run") -> Result:
         "gradient norm": differences["gradient_norm"],
         "loss": differences["loss"],
     }
-    gap = _gap(sides["one"][0].params, sides["folded"][0].params)
+    gap = _gap(sides["one"].params, sides["folded"].params)
     tail = max(1, config.num_steps // 5)
     summary: dict[str, float | int | str | bool | None] = {"policy/num_parameters": lm.num_parameters(model)}
     for name in sharded_policy.OBJECTIVES:
@@ -135,27 +136,23 @@ def _policy(run: "Run", config: ShardedAlignmentConfig, folding: moe.Folding) ->
     return params, model, prompts_of, sharded_policy.task_rewards, sampling
 
 
-def _train(run: "Run", config: Any, name: str, side: sharded_policy.Side, params: Any, prompts_of: Any) -> Any:
-    names: list[str] = []
-
+def _train(
+    run: "Run", config: Any, name: str, side: sharded_policy.Side, params: Any, prompts_of: Any
+) -> alignment.TrainerState:
     def init() -> alignment.TrainerState:
         key = jax.random.clone(run.key)  # the same draws on both sides
         return side.place(alignment.init_trainer(key, side.trainer, params, num_objectives=3))
 
     def advance(state: alignment.TrainerState, start: int, num_steps: int) -> tuple[Any, dict[str, np.ndarray]]:
-        import time
-
         rows = []
         for number in range(start, start + num_steps):
             prompts, mask = prompts_of(number)
             began = time.perf_counter()
             state, generation, metrics = side.step(state, prompts, mask)
             rows.append(_row(generation, metrics) | {"seconds": time.perf_counter() - began})
-        names[:] = rows[0]
         return state, {f"{name}/{key}": np.array([row[key] for row in rows]) for key in rows[0]}
 
-    state = run.loop(name, init=init, advance=advance, num_steps=config.num_steps)
-    return state, names or _NAMES
+    return run.loop(name, init=init, advance=advance, num_steps=config.num_steps)
 
 
 def _row(generation: Any, metrics: alignment.Metrics) -> dict[str, float]:
