@@ -18,7 +18,7 @@ from experiments.alignment.presets import PRESETS
 from experiments.alignment.rules import RULES, make_rule
 from experiments.common.study import Result, Study
 from jaxrl_suite import alignment, lm, pareto
-from jaxrl_suite.alignment.tasks import Task, parquet_task, reasoning_gym_task
+from jaxrl_suite.alignment.tasks import Judge, Task, parquet_task, reasoning_gym_task
 from jaxrl_suite.config import Config, check, field
 from jaxrl_suite.types import Array
 
@@ -40,6 +40,7 @@ class OwnDataConfig(Config):
     answer_column: str = field("reward_model.ground_truth", help="column of the answers; 'answer' is tried too")
     task: str = field("chain_sum", help="generator of reasoning-gym, used without --data")
     task_settings: str = field("", help="settings of that generator, for example max_terms=2,max_digits=1")
+    judge: Judge = field("whole", help="what of a completion is its answer to --task: whole, boxed or last_number")
     num_questions: int = field(256, help="questions at most")
     objectives: str = field("accuracy,conciseness,clarity", help="objectives, comma-separated, in this order")
     rewards: str = field("", help="Python file with functions f(prompts, completions, **columns) named like objectives")
@@ -122,7 +123,9 @@ def _load_task(config: OwnDataConfig) -> Task:
     if config.data:
         return parquet_task(config.data, prompt_column=config.prompt_column, answer_column=config.answer_column,
                             max_questions=config.num_questions)  # fmt: skip
-    return reasoning_gym_task(config.task, num_questions=config.num_questions, **_settings(config.task_settings))
+    return reasoning_gym_task(
+        config.task, num_questions=config.num_questions, judge=config.judge, **_settings(config.task_settings)
+    )
 
 
 def _settings(text: str) -> dict[str, Any]:

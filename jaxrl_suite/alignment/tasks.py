@@ -5,12 +5,20 @@ Both become a :class:`Task`: prompts, columns for the reward functions, and the 
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxrl_suite.alignment import text_rewards
 from jaxrl_suite.config import check
 
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
+
+
+Judge = Literal["whole", "boxed", "last_number"]
+_FIND: dict[str, Callable[[str], str | None]] = {
+    "whole": str.strip,
+    "boxed": text_rewards.last_boxed,
+    "last_number": text_rewards.last_number,
+}
 
 
 class Task(NamedTuple):
@@ -29,14 +37,17 @@ class Task(NamedTuple):
     skipped: Mapping[str, Sequence[int]]
 
 
-def reasoning_gym_task(name: str, *, num_questions: int, seed: int = 0, boxed: bool = False, **settings: Any) -> Task:
+def reasoning_gym_task(
+    name: str, *, num_questions: int, seed: int = 0, judge: Judge = "whole", **settings: Any
+) -> Task:
     """Questions of a reasoning-gym generator, deterministic in the seed.
 
     Args:
         name: of the generator, for example "chain_sum" or "gcd".
         num_questions: how many.
         seed: of the generator.
-        boxed: ask for the answer in a box and judge what stands in the last box; otherwise the whole completion.
+        judge: what of a completion is the answer: "whole", "boxed" (a box is asked for, and the last one counts) or
+            "last_number" (for models that answer in sentences).
         **settings: difficulty settings of the generator.
 
     Returns:
@@ -55,6 +66,8 @@ def reasoning_gym_task(name: str, *, num_questions: int, seed: int = 0, boxed: b
         ) from error
     check(name in DATASETS, argument="task", value=name, rule=f"no such generator among {len(DATASETS)}",
           remedy="See reasoning_gym.factory.DATASETS, for example chain_sum, gcd, number_sorting")  # fmt: skip
+    check(judge in _FIND, argument="judge", value=judge, rule=f"must be one of {', '.join(_FIND)}")
+    find = _FIND[judge]
     check(num_questions > 0, argument="num_questions", value=num_questions, rule="must be positive")
     try:
         dataset = reasoning_gym.create_dataset(name, size=num_questions, seed=seed, **settings)
@@ -66,11 +79,11 @@ def reasoning_gym_task(name: str, *, num_questions: int, seed: int = 0, boxed: b
         del prompts
         scores: list[float | None] = []
         for text, entry in zip(completions, columns["entry"], strict=True):
-            answer = text_rewards.last_boxed(text) if boxed else text.strip()
+            answer = find(text)
             scores.append(0.0 if answer is None else float(dataset.score_answer(answer, entry)))
         return scores
 
-    ask = f" {INSTRUCTION}" if boxed else ""
+    ask = f" {INSTRUCTION}" if judge == "boxed" else ""
     prompts = [entry["question"] + ask for entry in entries]
     return Task(prompts, {"entry": entries, "answer": [entry["answer"] for entry in entries]}, accuracy, {})
 

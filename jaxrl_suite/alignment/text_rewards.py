@@ -15,10 +15,21 @@ _BULLET = re.compile(r"(?:^|\s)[-*•]\s", re.MULTILINE)
 _ORDINAL = re.compile(
     r"\b(?:first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|next|then)\b", re.IGNORECASE
 )
+_NUMBER = re.compile(r"(?<![\d.])-?\d+(?:,\d{3})*(?:\.\d+)?")
 _FILLED_BOX = re.compile(r"\\boxed\{\s*[^}\s]")
 _LINE_ITEM = re.compile(
     r"^\s*(?:(?:step\s+)?\d+[).:]|[-*•]|\(?[a-h]\)|\*\*(?:step\s+)?\d+[).:]?\*\*)\s+\S", re.I | re.M
 )
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text, without thousands separators, or None.
+
+    >>> last_number("4 + 3 = 7, so 1,007.50 in all.")
+    '1007.50'
+    """
+    found = _NUMBER.findall(text)
+    return found[-1].replace(",", "") if found else None
 
 
 def last_boxed(text: str) -> str | None:

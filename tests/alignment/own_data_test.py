@@ -38,6 +38,13 @@ def test_rows_without_prompt_or_answer_are_listed(ten_questions):
 
 
 def test_missing_columns_and_files_are_named(ten_questions, tmp_path):
+    spoken = reasoning_gym_task("chain_sum", num_questions=1, seed=1, judge="last_number", min_terms=2, max_terms=2)
+    right = spoken.columns["answer"][0]
+    texts = [f"That makes {right}.", f"{right} it is, not {float(right) + 1}", "I do not know"]
+    columns = {name: [column[0]] * 3 for name, column in spoken.columns.items()}
+    assert list(spoken.accuracy(["q"] * 3, texts, **columns)) == [1.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="judge='best': must be one of whole, boxed, last_number"):
+        reasoning_gym_task("chain_sum", num_questions=1, judge="best")
     with pytest.raises(
         ValueError, match=r"prompt_column='prompt': ten.parquet has no such column. Its columns: question"
     ):
