@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+import sys
 import textwrap
 import types
 import typing
@@ -14,13 +15,15 @@ from absl import flags
 from experiments.common.study import Study
 from jaxrl_suite.config import Config, field
 
+_PRESETS = {"smoke": "smoke (under a minute)", "default": "default (minutes)", "paper": "paper (the published sizes)"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Config):
     """Settings that every run has, whatever the study."""
 
     workdir: str = field("", help="folder of this run; by default the first free runs/FAMILY/STUDY-PRESET[-N]")
-    preset: str = field("default", help="smoke (under 30 s), default (minutes) or paper")
+    preset: str = field("default", help="smoke (under a minute), default (minutes) or paper")
     seed: int = field(0, help="base seed of all random draws")
     num_seeds: int = field(1, help="independent repetitions, vmapped")
     resume: bool = field(False, help="continue the run in the workdir; a finished run is left as it is")
@@ -93,10 +96,45 @@ def hparam_help(study: Study) -> dict[str, str]:
     return {name: described.get(name, "hyperparameter").rstrip(".") for name in study.hparams._fields}
 
 
+def read_flags(values: flags.FlagValues, arguments: Sequence[str], summary: str) -> int | None:
+    """Reads the flags of a command that is no study; prints help or what is wrong with them.
+
+    Args:
+        values: the flags of the command.
+        arguments: ``sys.argv``, the name of the program first.
+        summary: what the command does, its docstring.
+
+    Returns:
+        An exit code where the command is done with that, None where it should go on.
+    """
+    if asks_help(arguments):
+        print(summary.strip() + "\n\nFlags:")
+        for name in values:
+            if name == values[name].name:  # not by its short name again
+                print("\n".join(_help_entry(name, values[name].help or "", values[name].default)))
+        return 0
+    try:
+        rest = values(list(arguments))[1:]
+    except flags.Error as error:
+        print(f"error: {error} Run with --helpshort to see the flags.", file=sys.stderr)
+        return 2
+    if rest:
+        print(f"error: {rest[0]!r} is not a flag: write --name=value. Run with --helpshort to see the flags.",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    return None
+
+
+def asks_help(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks for help, in any of the forms that absl knows."""
+    return not {"--help", "-help", "-h", "--helpshort", "-helpshort"}.isdisjoint(arguments)
+
+
 def help_text(family: str, study: Study, *, full: bool) -> str:
     """The text of ``--helpshort`` (the study's own flags) or ``--help`` (and those that all runs share)."""
     lines = [f"python -m experiments.{family}.launch --study={study.name} [--preset=…] [--flag=value …]", ""]
-    lines += textwrap.wrap(study.summary, 100) + ["", "Presets: " + ", ".join(study.presets)]
+    presets = ", ".join(_PRESETS.get(name, name) for name in study.presets)
+    lines += [*textwrap.wrap(study.summary, 100), "", *textwrap.wrap(f"Presets: {presets}", 100)]
     lines += ["", "Flags of this study:"] + _help_lines(study.config)
     if study.hparams is not None:
         lines += ["", "Hyperparameters (a comma list runs a vmapped sweep):"]

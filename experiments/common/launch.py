@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from experiments.common.flags import Settings, UsageError, help_text, parse_flags
+from experiments.common.flags import Settings, UsageError, asks_help, help_text, parse_flags
 from experiments.common.run import run_study
 from experiments.common.study import Result, Study, load_study, study_names
 from jaxrl_suite.io import processes
@@ -21,7 +21,7 @@ def launch(family: str, arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name, rest = _take_study(arguments)
     if name is None:
-        _list_studies(family, asked=_asks_help(rest))
+        _list_studies(family, asked=asks_help(rest))
         return
     try:
         study = load_study(family, name)
@@ -32,7 +32,7 @@ def launch(family: str, arguments: Sequence[str] | None = None) -> None:
 
 def launch_study(family: str, study: Study, arguments: Sequence[str]) -> None:
     """Flags -> configuration -> run; prints the numbers. Exits with 2 on bad usage or bad input, in one line."""
-    if _asks_help(arguments):
+    if asks_help(arguments):
         print(help_text(family, study, full="--help" in arguments))
         return
     try:
@@ -65,7 +65,8 @@ def prepare_jax(study: Study, settings: Settings) -> None:
     Raises:
         UsageError: JAX has started with fewer devices, or a module that the study needs is missing.
     """
-    missing = {module: extra for module, extra in study.extras.items() if importlib.util.find_spec(module) is None}
+    needed = {"matplotlib": "experiments", **study.extras}  # every study draws
+    missing = {module: extra for module, extra in needed.items() if importlib.util.find_spec(module) is None}
     for module, extra in missing.items():
         raise UsageError(f'{study.name} needs {module}. Install it: python -m pip install "jaxrl-suite[{extra}]"')
     devices = settings.num_cpu_devices or study.num_cpu_devices
@@ -156,10 +157,6 @@ def _list_studies(family: str, *, asked: bool) -> None:
         return
     print("error: --study is missing. Choose one:\n\n" + "\n".join(lines), file=sys.stderr)
     sys.exit(2)
-
-
-def _asks_help(arguments: Sequence[str]) -> bool:
-    return not {"--help", "-help", "-h", "--helpshort", "-helpshort"}.isdisjoint(arguments)
 
 
 def _fail(error: Exception | str) -> NoReturn:

@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import flags
 
+from experiments.common.flags import read_flags
 from experiments.common.launch import virtual_devices
 
 FLAGS = flags.FlagValues()
@@ -74,7 +75,9 @@ def summary(path: Path, total: int) -> str:
 
 def main(arguments: list[str]) -> int:
     """Runs what is left and prints the summary; the exit code is 0 if nothing failed."""
-    FLAGS(arguments)
+    done = read_flags(FLAGS, arguments, __doc__ or "")
+    if done is not None:
+        return done
     virtual_devices(8)
     import jax
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import flags
 
+from experiments.common.flags import read_flags
 from experiments.common.launch import virtual_devices
 
 FLAGS = flags.FlagValues()
@@ -125,7 +126,9 @@ def train(folding: Any) -> None:
 
 def main(arguments: list[str]) -> int:
     """Reads flags and trains."""
-    FLAGS(arguments)
+    done = read_flags(FLAGS, arguments, __doc__ or "")
+    if done is not None:
+        return done
     from jaxrl_suite.moe.folding import Folding
 
     try:

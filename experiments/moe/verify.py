@@ -10,6 +10,7 @@ import sys
 
 from absl import flags
 
+from experiments.common.flags import read_flags
 from experiments.common.launch import virtual_devices
 
 FLAGS = flags.FlagValues()
@@ -25,7 +26,9 @@ flags.DEFINE_enum("sharding", "none", ["none", "zero1", "fsdp"], "what data rank
 
 def main(arguments: list[str]) -> int:
     """Prints the rank map and the report."""
-    FLAGS(arguments)
+    done = read_flags(FLAGS, arguments, __doc__ or "")
+    if done is not None:
+        return done
     from jaxrl_suite.moe.folding import Folding
 
     try:

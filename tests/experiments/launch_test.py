@@ -1,9 +1,13 @@
 """Command lines: flags, presets, help, and one clear line for what cannot be."""
 
+import importlib.util
+
 import pytest
+from absl import flags
 
 from experiments.common import launch as launch_module
-from experiments.common.flags import UsageError, help_text, parse_flags
+from experiments.common.flags import Settings, UsageError, help_text, parse_flags, read_flags
+from experiments.common.launch import prepare_jax
 from experiments.common.study import Study, all_studies, families, load_study, study_names
 from tests.experiments.sample_study import STUDY
 
@@ -83,7 +87,8 @@ def test_missing_extra_is_named(monkeypatch):
 def test_help_shows_every_flag_with_its_text():
     short, full = help_text("sample", STUDY, full=False), help_text("sample", STUDY, full=True)
     assert "--num_steps  steps of the walk (default 12)" in short
-    assert "--rate  scale of a step (default 1.0)" in short and "Presets: smoke, default" in short
+    assert "--rate  scale of a step (default 1.0)" in short
+    assert "Presets: smoke (under a minute), default (minutes)" in short
     assert "--checkpoint_every  steps between checkpoints" in full
     assert max(map(len, full.splitlines())) <= 100
 
@@ -101,3 +106,22 @@ def test_every_study_is_complete(family, name):
 def test_every_family_has_a_study_in_the_tour():
     shown = {family for family, study in all_studies() if study.tour}
     assert {"reward_free", "moe", "pareto", "coupling"} <= shown
+
+
+def test_commands_that_are_no_study_read_flags_like_one(capsys):
+    """Help in every form ends with 0; an unknown flag and a stray word are one line and end with 2."""
+    values = flags.FlagValues()
+    flags.DEFINE_integer("num_steps", 7, "how many", flag_values=values)
+    assert read_flags(values, ["prog", "--helpshort"], "Does it.") == 0
+    assert "Does it." in (text := capsys.readouterr().out) and "--num_steps  how many (default 7)" in text
+    assert read_flags(values, ["prog", "--steps=3"], "Does it.") == read_flags(values, ["prog", "word"], "") == 2
+    assert [line[:6] for line in capsys.readouterr().err.splitlines()] == ["error:", "error:"]
+    assert read_flags(values, ["prog", "--num_steps=3"], "Does it.") is None and values.num_steps == 3
+
+
+def test_a_missing_plotting_package_stops_every_study_at_once(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    for _, study in all_studies():
+        with pytest.raises(UsageError, match="matplotlib"):
+            prepare_jax(study, Settings())
