@@ -145,9 +145,11 @@ def compare_steps(repeats):
     for name, median in medians.items():
         torch = medians.get("torch + transformers")
         factor = f"{torch / median:.2f}x torch" if torch else ""
-        extra = f"first call {first[name]:.1f} s, drop rate {float(ours[name]()['dispatch/drop_rate']):.3f}"
+        extra = ""
+        if name in ours:
+            extra = f"first call {first[name]:.1f} s, drop rate {float(ours[name]()['dispatch/drop_rate']):.3f}"
         row = f"{name:<22} {median:6.3f} s  {BATCH * LENGTH / median:8.0f} tokens/s  {factor:<12}"
-        print(row, extra if name in ours else "", f"({min(seconds[name]):.3f} to {max(seconds[name]):.3f})", flush=True)
+        print(row, extra, f"({min(seconds[name]):.3f} to {max(seconds[name]):.3f})", flush=True)
 
 
 def layer_seconds(num_experts, dispatch, factor, repeats):
