@@ -135,6 +135,8 @@ def _settings(text: str) -> dict[str, Any]:
         name, equals, value = (piece.strip() for piece in part.partition("="))
         check(bool(equals) and name.isidentifier(), argument="task_settings", value=part, rule="is not name=value",
               remedy="Separate pairs by commas: max_terms=2,max_digits=1")  # fmt: skip
+        check(name not in ("name", "num_questions", "judge", "size"), argument="task_settings", value=part,
+              rule="is set by --task, --num_questions or --judge")  # fmt: skip
         try:
             settings[name] = ast.literal_eval({"true": "True", "false": "False"}.get(value.lower(), value))
         except (ValueError, SyntaxError):

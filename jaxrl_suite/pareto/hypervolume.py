@@ -1,5 +1,8 @@
 """Exact hypervolume in any number of dimensions, with its own derivative, under jit, vmap, grad and jvp."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -34,9 +37,20 @@ def _(axis_size: int, in_batched: list[bool], points: Array) -> tuple[tuple[Arra
     return (total.reshape((axis_size, -1)), gradient.reshape(points.shape)), (True, True)
 
 
-# Compiled also where the caller does not: a sorting network is hundreds of small operations.
-_one_volume = jax.jit(lambda points: _batch_volume(points[None])[0])
-_one_gradient = jax.jit(lambda points: jax.tree.map(lambda part: part[0], _batch_gradient(points[None])))
+def _of_one(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    """For a single front, in float32 at least, results in the dtype of the points.
+
+    Compiled also where the caller does not: a sorting network is hundreds of small operations.
+    """
+
+    def wide(points: Array) -> Any:
+        batch = points[None].astype(jnp.promote_types(points.dtype, jnp.float32))
+        return jax.tree.map(lambda part: part[0].astype(points.dtype), function(batch))
+
+    return jax.jit(wide)
+
+
+_one_volume, _one_gradient = _of_one(_batch_volume), _of_one(_batch_gradient)
 
 
 @jax.custom_jvp

@@ -140,6 +140,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
         (("--rewards=none.py",), "no such file"),
         (("--data=none.parquet",), "no such file"),
         (("--task_settings=max_terms",), "task_settings='max_terms': is not name=value"),
+        (("--task_settings=size=3",), "task_settings='size=3': is set by --task, --num_questions or --judge"),
         (("--task_settings=max_terms=2,colour=red",), "the generator refuses {'max_terms': 2, 'colour': 'red'}"),
     ],
 )

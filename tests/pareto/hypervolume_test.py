@@ -190,3 +190,15 @@ def test_integers_and_bad_shapes():
         hypervolume(jnp.ones((2, 4, 2)), jnp.zeros(2))
     with pytest.raises(ValueError, match="mask"):
         hypervolume(jnp.ones((4, 2)), jnp.zeros(2), mask=jnp.ones(3, bool))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("num_objectives", [2, 3, 4])
+def test_narrow_floats_are_computed_wide_and_given_back(dtype, num_objectives):
+    points = jax.random.uniform(jax.random.key(0), (8, num_objectives)).astype(dtype)
+    origin = jnp.zeros(num_objectives, dtype)
+    value, gradient = jax.value_and_grad(hypervolume)(points, origin)
+    assert value.dtype == gradient.dtype == dtype
+    exact, slope = jax.value_and_grad(hypervolume)(points.astype(jnp.float32), origin.astype(jnp.float32))
+    assert value == exact.astype(dtype)  # one rounding, at the end
+    np.testing.assert_array_equal(gradient, slope.astype(dtype))
