@@ -128,5 +128,4 @@ STUDY = Study(
     figures=figures,
     presets=PRESETS["arithmetic"],
     headline=("influence/archive_hypervolume", "influence/final_hypervolume"),
-    extras={"matplotlib": "experiments"},
 )

@@ -294,5 +294,5 @@ STUDY = Study(
     figures=figures,
     presets=PRESETS["dynamic_against_fixed"],
     headline=("chosen_rule", "champion/ahead_of_every_fixed"),
-    extras={"matplotlib": "experiments", "scipy": "experiments"},
+    extras={"scipy": "experiments"},
 )

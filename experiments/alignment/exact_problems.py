@@ -160,5 +160,5 @@ STUDY = Study(
     figures=figures,
     presets=PRESETS["exact_problems"],
     headline=("tied/best_rule_final", "tied/best_rule_archive"),
-    extras={"matplotlib": "experiments", "scipy": "experiments"},
+    extras={"scipy": "experiments"},
 )

@@ -384,5 +384,5 @@ STUDY = Study(
     figures=figures,
     presets=PRESETS["own_data"],
     headline=("front/points", "front/hypervolume_above_0", "faults/completions"),
-    extras={"matplotlib": "experiments", "reasoning_gym": "experiments"},
+    extras={"reasoning_gym": "experiments"},
 )

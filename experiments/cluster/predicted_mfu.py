@@ -202,5 +202,4 @@ STUDY = Study(
     presets=PRESETS["predicted_mfu"],
     headline=("left_out/error_percent", "left_out/rank_correlation", "memory/out_of_memory_rows_flagged"),
     tour=True,
-    extras={"matplotlib": "experiments"},
 )

@@ -47,7 +47,8 @@ class Study:
         tour: whether the default tour shows it (one or two a family).
         num_cpu_devices: virtual CPU devices that it needs.
         x64: whether it needs float64.
-        extras: modules that must be importable, with the extra that brings them: ``{"gymnasium": "experiments"}``.
+        extras: modules that must be importable beside matplotlib, which every study draws with, and the extra that
+            brings them: ``{"gymnasium": "experiments"}``.
     """
 
     name: str

@@ -103,5 +103,4 @@ STUDY = Study(
     figures=figures,
     presets=PRESETS["code_grid"],
     headline=("grid/trajectories", "reward/largest_change_by_message_or_rate"),
-    extras={"matplotlib": "experiments"},
 )

@@ -142,5 +142,4 @@ STUDY = Study(
     figures=figures,
     presets=PRESETS["coding_game"],
     headline=("reward/coldest_policy", "reward/hottest_policy", "reward/largest_change_by_rate_or_encoder"),
-    extras={"matplotlib": "experiments"},
 )

@@ -148,5 +148,5 @@ STUDY = Study(
     presets=PRESETS["compression_maps"],
     headline=("uniform_to_uniform/information_at_1_bits", "uniform_to_uniform/noise_at_1_bits"),
     x64=True,
-    extras={"matplotlib": "experiments", "scipy": "experiments"},
+    extras={"scipy": "experiments"},
 )

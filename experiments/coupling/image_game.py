@@ -200,5 +200,4 @@ STUDY = Study(
     figures=figures,
     presets=PRESETS["image_game"],
     headline=("image/bits", "image/best_share_without_error"),
-    extras={"matplotlib": "experiments"},
 )

@@ -156,5 +156,4 @@ STUDY = Study(
     figures=figures,
     presets=PRESETS["information_policy"],
     headline=("policy/largest_gain_at_equal_reward_bits", "policy/reward_there"),
-    extras={"matplotlib": "experiments"},
 )

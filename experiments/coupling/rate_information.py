@@ -213,5 +213,4 @@ STUDY = Study(
     ),
     tour=True,
     x64=True,
-    extras={"matplotlib": "experiments"},
 )

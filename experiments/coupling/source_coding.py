@@ -102,5 +102,4 @@ STUDY = Study(
     presets=PRESETS["source_coding"],
     headline=("binomial/greedy/mean_loss_below_2_bits", "binomial/bin_packing/mean_loss_below_2_bits"),
     x64=True,
-    extras={"matplotlib": "experiments"},
 )

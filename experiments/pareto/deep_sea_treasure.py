@@ -258,5 +258,5 @@ STUDY = Study(
         "concave/hypervolume_treasure_steps",
     ),
     tour=True,
-    extras={"mo_gymnasium": "experiments", "matplotlib": "experiments"},
+    extras={"mo_gymnasium": "experiments"},
 )

@@ -107,5 +107,4 @@ STUDY = Study(
     presets=PRESETS["ablations"],
     headline=("default/uncertainty", "one moment level/uncertainty"),
     x64=True,
-    extras={"matplotlib": "experiments"},
 )

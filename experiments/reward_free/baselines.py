@@ -127,5 +127,5 @@ STUDY = Study(
     presets=PRESETS["baselines"],
     headline=("lock/best_in_value_error", "riverswim/best_in_value_error"),
     x64=True,
-    extras={"gymnasium": "experiments", "matplotlib": "experiments"},
+    extras={"gymnasium": "experiments"},
 )

@@ -131,5 +131,5 @@ STUDY = Study(
     presets=PRESETS["certificates"],
     headline=("lock/episodes_to_target", "frozen_lake_4x4/episodes_to_target"),
     x64=True,
-    extras={"gymnasium": "experiments", "matplotlib": "experiments"},
+    extras={"gymnasium": "experiments"},
 )

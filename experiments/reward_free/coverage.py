@@ -111,5 +111,4 @@ STUDY = Study(
     presets=PRESETS["coverage"],
     headline=("selfnorm/inside_fraction", "subgaussian/inside_fraction", "fixed/inside_fraction"),
     x64=True,
-    extras={"matplotlib": "experiments"},
 )

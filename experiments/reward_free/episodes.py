@@ -114,5 +114,4 @@ STUDY = Study(
     presets=PRESETS["episodes"],
     headline=("chain/uncertainty_slope", "gap/loss_slope", "dimension/uncertainty_slope"),
     x64=True,
-    extras={"matplotlib": "experiments"},
 )

@@ -232,5 +232,5 @@ STUDY = Study(
     headline=("4x4/played_success", "4x4/optimum_success", "8x8/played_success", "8x8/optimum_success"),
     tour=True,
     x64=True,
-    extras={"gymnasium": "experiments", "matplotlib": "experiments"},
+    extras={"gymnasium": "experiments"},
 )

@@ -118,5 +118,4 @@ STUDY = Study(
     presets=PRESETS["horizon"],
     headline=("weighted/uncertainty_max_over_min", "unweighted/uncertainty_growth"),
     x64=True,
-    extras={"matplotlib": "experiments"},
 )

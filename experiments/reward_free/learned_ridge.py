@@ -167,5 +167,4 @@ STUDY = Study(
     presets=PRESETS["learned_ridge"],
     headline=("test/grid_error", "test/learnt_ridge_error", "test/learnt_scales_error"),
     x64=True,
-    extras={"matplotlib": "experiments"},
 )

@@ -176,5 +176,4 @@ STUDY = Study(
     presets=PRESETS["many_rewards"],
     headline=("rewards/count", "rewards/largest_loss", "time/planning_seconds", "front/hypervolume"),
     x64=True,
-    extras={"matplotlib": "experiments"},
 )

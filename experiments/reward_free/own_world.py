@@ -172,5 +172,4 @@ STUDY = Study(
     presets=PRESETS["own_world"],
     headline=("certificate/proven", "explorer/uncertainty"),
     x64=True,
-    extras={"matplotlib": "experiments"},
 )

@@ -184,5 +184,4 @@ STUDY = Study(
     presets=PRESETS["coding_over_learned_world"],
     headline=("reward/true_model", "accuracy/states/true_model", "accuracy/states/unexplored_model"),
     x64=True,
-    extras={"matplotlib": "experiments"},
 )

@@ -300,5 +300,4 @@ STUDY = Study(
     headline=("front/weightings", "ucrl_rfe/hypervolume_share", "fixed/hypervolume_share", "certificate/bound"),
     tour=True,
     x64=True,
-    extras={"matplotlib": "experiments"},
 )

@@ -258,5 +258,4 @@ STUDY = Study(
         "text/largest_gain_at_equal_quality_bits",
         "text/accuracy_near_price_1",
     ),
-    extras={"matplotlib": "experiments"},
 )

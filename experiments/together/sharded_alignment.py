@@ -231,5 +231,4 @@ STUDY = Study(
         "reshard/bits_kept",
     ),
     num_cpu_devices=8,
-    extras={"matplotlib": "experiments"},
 )
