@@ -81,7 +81,10 @@ def on_one_device(name: str, function: Callable[..., Any], example: Callable[[An
         arguments = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(example, jax.random.key(0))
         )
-        lowered = jax.jit(function).lower(*arguments)
+        # Kernels written in Pallas ask for the kind of device, which newer versions of JAX read off the mesh.
+        mesh = jax.sharding.Mesh(np.array(devices[:1]), ("one",))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            lowered = jax.jit(function).lower(*arguments)
         if "f64" in lowered.as_text():
             raise TypeError("asks for float64, which a TPU does not have")
         lowered.compile()
@@ -89,20 +92,19 @@ def on_one_device(name: str, function: Callable[..., Any], example: Callable[[An
     return Kernel(name, compile_it)
 
 
-def contract_kernels() -> Iterator[Kernel]:
-    """Every line of the contract tests: functions, gradients, and one step of each loop."""
+def contract_items() -> Iterator[tuple[str, Callable[..., Any], Callable[[Any], Any]]]:
+    """(name, function, example) of every line of the contract tests: functions, gradients, one step of each loop."""
     for family in FAMILIES:
         try:
             module = importlib.import_module(f"tests.{family}.{family}_contracts")
         except ModuleNotFoundError as error:
             raise ImportError(f"{error.name} is not here: run this in the root of a checkout with its tests.") from None
         for algorithm in module.ALGORITHMS:
-            yield on_one_device(algorithm.name, algorithm.function, algorithm.example)
+            yield algorithm.name, algorithm.function, algorithm.example
             if algorithm.differentiable:
-                yield on_one_device(f"{algorithm.name} gradient", _gradient(algorithm), algorithm.example)
+                yield f"{algorithm.name} gradient", _gradient(algorithm), algorithm.example
         for loop in getattr(module, "LOOPS", ()):
-            step = functools.partial(_one_step, loop)
-            yield on_one_device(f"{loop.name} one step", step, functools.partial(_state, loop))
+            yield f"{loop.name} one step", functools.partial(_one_step, loop), functools.partial(_state, loop)
 
 
 def _gradient(algorithm: Any) -> Callable[..., Any]:
@@ -128,9 +130,9 @@ def all_kernels() -> list[Kernel]:
     """Everything that should travel."""
     from experiments.cluster.kernels_by_hand import distributed_kernels, kernels_by_hand
 
-    by_hand = [on_one_device(*item) for item in kernels_by_hand()]
+    on_one = [on_one_device(*item) for item in (*contract_items(), *kernels_by_hand())]
     steps = [Kernel(name, functools.partial(_compile_step, **options)) for name, options in train_steps().items()]
-    return [*contract_kernels(), *by_hand, *[Kernel(*item) for item in distributed_kernels()], *steps]
+    return [*on_one, *[Kernel(*item) for item in distributed_kernels()], *steps]
 
 
 def train_steps() -> dict[str, dict[str, Any]]:

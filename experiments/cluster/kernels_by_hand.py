@@ -24,11 +24,15 @@ F32, I32, BOOL = jnp.float32, jnp.int32, jnp.bool_
 
 
 def shapes(*items: Any) -> Callable[[Any], Any]:
-    """An example of zeros: a shape each, with a dtype where it is not float32."""
+    """An example by shapes, with a dtype where it is not float32: numbers between 0 and 1, zeros of other dtypes."""
 
-    def example(_: Any) -> tuple[Any, ...]:
+    def example(key: Any) -> tuple[Any, ...]:
         pairs = [item if item and isinstance(item[0], tuple) else (item, F32) for item in items]
-        return tuple(jnp.zeros(shape, dtype) for shape, dtype in pairs)
+        keys = jax.random.split(key, len(pairs))
+        return tuple(
+            jax.random.uniform(k, shape, dtype) if jnp.issubdtype(dtype, jnp.floating) else jnp.zeros(shape, dtype)
+            for k, (shape, dtype) in zip(keys, pairs, strict=True)
+        )
 
     return example
 
@@ -194,9 +198,14 @@ def _experts() -> Iterator[Item]:
     yield "moe.fp8.quantize[1 x 128]", quantize, shapes((64, 256))
     yield "moe.fp8.quantize[128 x 128]", lambda x: quantize(x, (128, 128)), shapes((256, 256))
     yield "moe.fp8.fp8_matmul", fp8_matmul, shapes((64, 256), (256, 128))
-    grouped = shapes((256, 64), (4, 64, 32), ((4,), I32))
     for backend in ("blocks", "ragged_dot"):
-        yield f"moe.grouped_matmul[{backend}] gradient", jax.grad(_grouped(backend), argnums=(0, 1)), grouped
+        yield f"moe.grouped_matmul[{backend}] gradient", jax.grad(_grouped(backend), argnums=(0, 1)), _groups
+
+
+def _groups(key: Any) -> tuple[Any, ...]:
+    """Rows, matrices and sizes of four groups, one of them empty, at which GPUs use kernels of their own."""
+    rows, weights = shapes((256, 64), (4, 64, 32))(key)
+    return rows, weights, jnp.array([100, 0, 56, 70], I32)
 
 
 def _grouped(backend: Any) -> Callable[..., Any]:

@@ -56,7 +56,7 @@ def blockwise_attend(
     segments: Array | None,
     *,
     window: int | None = None,
-    block_size: int = 128,
+    block_size: int | None = None,
     layout: Layout = "auto",
 ) -> Array:
     """Causal grouped-query attention of a sequence to itself; the default ``attend`` of a block.
@@ -71,7 +71,7 @@ def blockwise_attend(
         positions: int32 [B, T].
         segments: int32 [B, T], 0 is padding (whose output is finite and means nothing); None for one segment.
         window: tokens that are visible, itself included.
-        block_size: rows of a block.
+        block_size: rows of a block; 128 on a CPU and 512 elsewhere if None.
         layout: "looped" multiplies one (row, KV head) at a time, fast on CPU; "batched" all at once, for
             accelerators; "auto" decides when the program is lowered for its platform.
 
@@ -98,7 +98,7 @@ def attention_with_normaliser(
     k_segments: Array,
     *,
     window: int | None = None,
-    block_size: int = 128,
+    block_size: int | None = None,
     layout: Layout = "auto",
     ordered: bool = False,
 ) -> tuple[Array, Array]:
@@ -125,6 +125,8 @@ def attention_with_normaliser(
     batch, length, num_heads, width = q.shape
     num_keys, num_kv_heads = k.shape[1], k.shape[2]
     group = num_heads // num_kv_heads
+    if block_size is None:  # a step of the walk costs a launch on an accelerator, and cache misses on a CPU
+        block_size = 128 if jax.default_backend() == "cpu" else 512
     block = min(block_size, max(8, 1 << (max(length, num_keys) - 1).bit_length()))
     n, m = -(-length // block), -(-num_keys // block)
     reach = (n if window is None else -(-(window - 1) // block)) if ordered else None

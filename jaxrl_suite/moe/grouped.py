@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_suite.config import check
+from jaxrl_suite.moe import grouped_gpu
 from jaxrl_suite.moe.permute import collect_rows, spread_rows
 from jaxrl_suite.moe.variance import unify, vary_like, zeros_like_varying
 from jaxrl_suite.types import Array
@@ -135,6 +136,16 @@ def block_outer(rows: Array, others: Array, expert: Array, live: Array, like: Ar
 
 
 def _block_matmul(rows: Array, weights: Array, expert: Array, live: Array, transposed: bool) -> Array:
+    rows, weights, expert, live = unify(rows, weights, expert, live)
+    walk = functools.partial(_walk_matmul, transposed=transposed)
+    if not grouped_gpu.fits(rows, weights.shape, weights.shape[1 if transposed else 2], expert.shape[0]):
+        return walk(rows, weights, expert, live)
+    tiles = functools.partial(grouped_gpu.gpu_block_matmul, transposed=transposed)
+    return jax.lax.platform_dependent(rows, weights, expert, live, cuda=tiles, default=walk)
+
+
+def _walk_matmul(rows: Array, weights: Array, expert: Array, live: Array, *, transposed: bool) -> Array:
+    """Block after block."""
     num_blocks, width = expert.shape[0], weights.shape[1 if transposed else 2]
     block = rows.shape[0] // num_blocks
 
@@ -155,14 +166,22 @@ def _block_matmul(rows: Array, weights: Array, expert: Array, live: Array, trans
 
 
 def _block_outer(rows: Array, others: Array, expert: Array, live: Array, like: Array) -> Array:
-    """Expert by expert: each sum stays in the cache and is written once, in products of up to ``OUTER_ROWS`` rows."""
-    num_experts, width, other_width = like.shape[0], rows.shape[-1], others.shape[-1]
-    block = rows.shape[0] // expert.shape[0]
-    sizes = [1 << power for power in range(4) if power == 0 or block << power <= min(OUTER_ROWS, rows.shape[0])]
-    wide = _wide(rows.dtype)
+    num_experts, block = like.shape[0], rows.shape[0] // expert.shape[0]
     rows, others, expert, live = unify(rows, others, expert, live)
     owned = jnp.sum((expert[:, None] == jnp.arange(num_experts)) & live[:, None], axis=0, dtype=jnp.int32)
     first = exclusive_cumsum(owned)  # blocks with rows come first, in the order of their experts
+    walk = functools.partial(_walk_outer, block=block)
+    if not grouped_gpu.fits(rows, (num_experts, rows.shape[-1], others.shape[-1]), others.shape[-1], expert.shape[0]):
+        return walk(rows, others, first, owned)
+    tiles = functools.partial(grouped_gpu.gpu_block_outer, block=block)
+    return jax.lax.platform_dependent(rows, others, first, owned, cuda=tiles, default=walk)
+
+
+def _walk_outer(rows: Array, others: Array, first: Array, owned: Array, *, block: int) -> Array:
+    """Expert by expert: each sum stays in the cache and is written once, in products of up to ``OUTER_ROWS`` rows."""
+    width, other_width = rows.shape[-1], others.shape[-1]
+    sizes = [1 << power for power in range(4) if power == 0 or block << power <= min(OUTER_ROWS, rows.shape[0])]
+    wide = _wide(rows.dtype)
 
     def one(_: None, item: tuple[Array, Array]) -> tuple[None, Array]:
         start, number = item
