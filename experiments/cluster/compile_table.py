@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +59,21 @@ def compile_arguments(row: Row, remat: str) -> list[str]:
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
-def compile_rows(rows: Iterable[Row], path: Path, *, remat: str, timeout: float) -> None:
-    """Compiles what the file does not hold yet (or holds as a failure) and appends it, a line a row."""
+def compile_rows(rows: Iterable[Row], path: Path, *, remat: str, timeout: float, jobs: int = 1) -> None:
+    """Compiles what the file does not hold yet (or holds as a failure) and appends it, a line a row as it is ready."""
     done = {line["name"] for line in read_lines(path) if "error" not in line}
-    for row in rows:
-        name = name_of(row, remat)
-        if name in done:
-            continue
-        print(f"{name}: ", end="", flush=True)
-        line: dict[str, Any] = {"name": name, **_published(row), "remat": remat, **_compiled(row, remat, timeout)}
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        print(line.get("error") or f"{line['total_bytes'] / 1e9:.1f} GB, {line['compile_seconds']:.0f} s", flush=True)
+    missing = [row for row in rows if name_of(row, remat) not in done]
+
+    def compiled(row: Row) -> dict[str, Any]:
+        return {"name": name_of(row, remat), **_published(row), "remat": remat, **_compiled(row, remat, timeout)}
+
+    with ThreadPoolExecutor(jobs) as pool:  # the threads only wait: every row is a process of its own
+        for ready in as_completed([pool.submit(compiled, row) for row in missing]):
+            line = ready.result()
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            result = line.get("error") or f"{line['total_bytes'] / 1e9:.1f} GB, {line['compile_seconds']:.0f} s"
+            print(f"{line['name']}: {result}", flush=True)
 
 
 def _published(row: Row) -> dict[str, Any]:
@@ -151,6 +155,9 @@ def pairs(lines: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[st
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compiles what is missing and prints the table."""
     options = _parser().parse_args(arguments)
+    if options.jobs < 1:
+        print(f"--jobs={options.jobs}: must be at least 1.", file=sys.stderr)
+        return 2
     rows = [row for row in ordered_rows() if row.model in (options.model or PAPER_NAMES)]
     rows = [row for row in rows if row.num_devices <= options.max_gpus][: options.first]
     if not options.report:
@@ -159,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, ImportError) as error:
             print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
             return 2
-        compile_rows(rows, options.out, remat=options.remat, timeout=options.timeout)
+        compile_rows(rows, options.out, remat=options.remat, timeout=options.timeout, jobs=options.jobs)
     lines = [line for line in read_lines(options.out) if line["model"] in (options.model or PAPER_NAMES)]
     if not lines:
         print(f"--out={options.out}: no compiled rows yet. Leave out --report to compile them.", file=sys.stderr)
@@ -218,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_gpus", type=int, default=1024, help="only rows of at most so many GPUs (default 1024)")
     add("--first", type=int, default=None, help="only the first N rows, the most telling first")
     add("--remat", default="full", help="what the backward pass repeats (default full)")
+    add("--jobs", type=int, default=1, help="rows compiled at once, about 2 GB of memory each (default 1)")
     add("--timeout", type=float, default=1800.0, help="seconds a row may take (default 1800)")
     add("--figure", type=Path, help="also draw the pairs into this file")
     add("--report", action="store_true", help="print what the file holds, compile nothing")
