@@ -138,22 +138,27 @@ def test_published_folded_mappings_beat_their_unfolded_form():
 
 
 def test_search_of_the_paper_is_reproduced():
-    """The paper's folded mapping among all that fit: first 5 %, and first four with its own settings.
+    """The paper's folded mapping of each model among all that fit: first 5 %, and first four with its own settings.
 
     Its own settings are CP = 1 at 4,096 tokens, nothing recomputed, weights at the output of experts; there it is
-    within 4 % of the best.
+    within 4 % of the best. Among all it is so for Mixtral alone; the others are 6 to 10 % from a mapping with CP > 1,
+    which the paper did not search.
     """
     for row in table_3():
-        if row.method != METHODS[-1] or row.model not in ("mixtral-8x22b", "qwen2-57b-a14b"):
+        if row.method != METHODS[-1]:
             continue
         model = MODELS[row.model]
-        everything = [c.folding for c in plan(model, row.num_devices, workload_of(row)).fitting]
-        assert everything.index(row.folding) < 0.05 * len(everything)
+        everything = plan(model, row.num_devices, workload_of(row)).fitting
+        (place,) = [i for i, c in enumerate(everything) if (c.folding, c.workload.sharding) == (row.folding, "zero1")]
+        behind = everything[place].seconds.total / everything[0].seconds.total
+        assert place < 0.05 * len(everything), row
+        assert behind < (1.04 if row.model == "mixtral-8x22b" else 1.1), row
+        assert behind < 1.04 or everything[0].folding.cp > 1, row
         step = workload_of(row, weigh_output=True)
         searched = plan(model, row.num_devices, step, recompute="none", shardings=("zero1",)).fitting
         own = [c for c in searched if c.folding.cp == 1]
         (place,) = [i for i, c in enumerate(own) if c.folding == row.folding]
-        assert place < 4 and own[place].seconds.total < 1.04 * own[0].seconds.total
+        assert place < 4 and own[place].seconds.total < 1.04 * own[0].seconds.total, row
 
 
 def test_choices_leave_the_chosen_mapping_close_to_the_best():
