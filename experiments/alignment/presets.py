@@ -31,6 +31,9 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
         "cpu": {"task": "chain_sum", "task_settings": "max_terms=2,max_digits=1", "judge": "last_number",
                 "num_steps": 60, "num_prompts": 4, "group_size": 6, "max_prompt": 96, "max_tokens": 48,
                 "lora_rank": 8, "learning_rate": 3e-4, "mu": 3e-3},
+        # SmolLM2-135M on one GPU: add --model PATH --data PARQUET (MATH, say). 60 rollouts take over 200 s on an H200.
+        "gpu": {"num_steps": 60, "num_prompts": 16, "group_size": 8, "max_prompt": 256, "max_tokens": 256,
+                "learning_rate": 1e-5, "mu": 1e-4},
         # The published hyperparameters (Qwen3-8B, Math500); needs accelerators.
         "paper": {"num_steps": 360, "num_prompts": 64, "group_size": 8, "num_minibatches": 2, "max_prompt": 2048,
                   "max_tokens": 2048, "learning_rate": 1e-6, "schedule": "polynomial", "mu": 1e-5, "combine": "reward",

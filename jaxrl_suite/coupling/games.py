@@ -21,7 +21,7 @@ References:
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +29,19 @@ import jax.numpy as jnp
 from jaxrl_suite.config import check
 from jaxrl_suite.coupling.ebim import code_at_rate
 from jaxrl_suite.coupling.greedy import greedy_coupling
+from jaxrl_suite.coupling.grouped_beliefs import (
+    GroupedBelief,
+    action_weights,
+    grouped_code,
+    grouped_update,
+    new_groups,
+    num_groups,
+    read_belief,
+    resized,
+    uniform_groups,
+)
 from jaxrl_suite.coupling.partitions import code_of_labels
 from jaxrl_suite.coupling.quantizers import uniform_labels
-from jaxrl_suite.coupling.ranked_beliefs import (
-    RankedBelief,
-    action_weights,
-    ranked_code,
-    ranked_update,
-    uniform_belief,
-)
 from jaxrl_suite.coupling.sparse import check_names, check_rate
 from jaxrl_suite.distributions import invert_cdf
 from jaxrl_suite.types import Array, PRNGKey
@@ -144,7 +148,7 @@ class _Lanes(NamedTuple):
     episode: Array  # int32 [B], its number, or E when there is none left
     time: Array
     state: Array
-    belief: RankedBelief
+    belief: Any  # as the encoder keeps it, its axis of lanes the first one
     reward: Array
 
 
@@ -219,12 +223,13 @@ _ENCODERS = ("greedy", "uniform_fixed", "uniform_adaptive")
 def _play(key, arrays, messages, rate, recorded, replay, next_state, num_messages, encoder, num_lanes) -> Episodes:
     policy, reward, terminal, start = arrays
     num_episodes, horizon = recorded.actions.shape
-    fresh_belief = uniform_belief(num_messages, num_lanes, policy.dtype)
+    kept = _BELIEFS[encoder]
+    whole = kept.fresh(num_messages, num_lanes, policy.dtype)
 
-    def fresh(episode: Array) -> _Lanes:
+    def fresh(episode: Array, belief) -> _Lanes:
         zero = jnp.zeros_like(episode)
         state = jnp.broadcast_to(jnp.asarray(start, jnp.int32), episode.shape)
-        return _Lanes(episode, zero, state, fresh_belief, jnp.zeros(episode.shape, policy.dtype))
+        return _Lanes(episode, zero, state, belief, jnp.zeros(episode.shape, policy.dtype))
 
     def advance(lanes: _Lanes):
         row = jnp.minimum(lanes.episode, num_episodes - 1)
@@ -232,7 +237,7 @@ def _play(key, arrays, messages, rate, recorded, replay, next_state, num_message
         keys = fold(jax.vmap(jax.random.fold_in, (None, 0))(key, lanes.episode), lanes.time)
         draw_keys, move_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         observed = jnp.where(replay, recorded.actions[row, lanes.time], -1)
-        belief, actions = _SAY[encoder](draw_keys, lanes.belief, policy[lanes.state], rate, messages[row], observed)
+        belief, actions = kept.say(draw_keys, lanes.belief, policy[lanes.state], rate, messages[row], observed)
         moved = jax.vmap(next_state)(move_keys, lanes.state, actions).astype(jnp.int32)
         state = jnp.where(replay, recorded.states[row, lanes.time + 1], moved)
         time = lanes.time + 1
@@ -244,17 +249,17 @@ def _play(key, arrays, messages, rate, recorded, replay, next_state, num_message
         after, actions, done = advance(lanes)
         alive = lanes.episode < num_episodes
         true = messages[jnp.minimum(lanes.episode, num_episodes - 1)]
-        truth = jnp.sum(jnp.where(after.belief.names == true[:, None], after.belief.masses, 0), axis=1)
-        board = _write(board, lanes, after, actions, truth, done & alive)
+        truth, decoded = kept.read(after.belief, true)
+        board = _write(board, lanes, after, actions, truth, decoded, done & alive)
         # Lanes whose episode ended take the next numbers; beyond the last one they idle.
         turn = jnp.cumsum(done & alive, dtype=jnp.int32) - 1
         episode = jnp.where(done & alive, started + turn, lanes.episode)
-        restart = fresh(jnp.minimum(episode, num_episodes))
+        restart = fresh(jnp.minimum(episode, num_episodes), kept.resize(whole, kept.size(lanes.belief)))
         replace = done | ~alive
         lanes = jax.tree.map(lambda new, old: jnp.where(_match(replace, old), new, old), restart, after)
         return lanes, board, started + jnp.sum(done & alive, dtype=jnp.int32), ticks + 1
 
-    start_lanes = fresh(jnp.arange(num_lanes, dtype=jnp.int32))
+    start_lanes = fresh(jnp.arange(num_lanes, dtype=jnp.int32), whole)
     board = _Board(
         jnp.zeros((num_episodes, horizon + 1), jnp.int32).at[:, 0].set(start),
         jnp.zeros((num_episodes, horizon), jnp.int32),
@@ -264,7 +269,28 @@ def _play(key, arrays, messages, rate, recorded, replay, next_state, num_message
         jnp.zeros((num_episodes, horizon), policy.dtype),
     )
     carry = (start_lanes, board, jnp.asarray(num_lanes, jnp.int32), jnp.zeros((), jnp.int32))
-    _, board, _, ticks = jax.lax.while_loop(lambda carry: jnp.any(carry[0].episode < num_episodes), tick, carry)
+
+    def unfinished(carry) -> Array:
+        return jnp.any(carry[0].episode < num_episodes)
+
+    small = kept.small(num_messages, policy.shape[1])
+
+    def run(carry):
+        """Ticks on short lists of groups while they suffice, then on whole ones until they do again."""
+        if small < kept.size(whole):
+
+            def fits(carry) -> Array:
+                return kept.grown(carry[0].belief, policy.shape[1]) <= small
+
+            def with_size(carry, size: int):
+                return carry[0]._replace(belief=kept.resize(carry[0].belief, size)), *carry[1:]
+
+            carry = jax.lax.while_loop(lambda c: unfinished(c) & fits(c), tick, with_size(carry, small))
+            carry = with_size(carry, kept.size(whole))
+            return jax.lax.while_loop(lambda c: unfinished(c) & ~fits(c), tick, carry)
+        return jax.lax.while_loop(unfinished, tick, carry)
+
+    _, board, _, ticks = jax.lax.while_loop(unfinished, run, carry)
     steps = jnp.sum(board.lengths).astype(policy.dtype)
     masked = 1 - steps / (ticks * num_lanes).astype(policy.dtype)
     held = jnp.arange(horizon)[None, :] >= board.lengths[:, None]
@@ -275,26 +301,66 @@ def _play(key, arrays, messages, rate, recorded, replay, next_state, num_message
     return Episodes(trajectories, board.rewards, board.decoded, truth, masked)
 
 
-def _say_ranked(keys, belief: RankedBelief, laws, rate, messages, observed) -> tuple[RankedBelief, Array]:
-    """Belief and actions of all lanes after one step with the greedy encoder; ``observed`` actions, or -1 to draw."""
-    code = ranked_code(belief, laws, rate)
-    actions = _draw(keys, action_weights(code, belief, messages), laws, observed)
-    return ranked_update(belief, code, actions), actions
+class _Beliefs(NamedTuple):
+    """How an encoder keeps the beliefs of B lanes."""
+
+    fresh: Callable  # (num_messages, num_lanes, dtype) -> belief, all messages equally probable
+    say: Callable  # (keys, belief, laws [B, A], rate, messages, observed or -1) -> belief, actions, after one step
+    read: Callable  # (belief, messages) -> belief in them [B], likeliest messages int32 [B]
+    size: Callable = lambda belief: 0  # how long the lists of the belief are
+    resize: Callable = lambda belief, size: belief
+    small: Callable = lambda num_messages, num_actions: 0  # a length that mostly suffices
+    grown: Callable = lambda belief, num_actions: 0  # the length that the next step may need
 
 
-def _say_binned(keys, belief: RankedBelief, laws, rate, messages, observed, *, encoder) -> tuple[RankedBelief, Array]:
-    """The same for bins of messages in the order of their names, which stays as it is."""
-    codes = jax.vmap(lambda masses, law: step_code(masses, law, rate, encoder))(belief.masses, laws)
+def _fresh_groups(num_messages: int, num_lanes: int, dtype: jnp.dtype) -> GroupedBelief:
+    return _lanes_first(uniform_groups(num_messages, num_lanes, num_messages, dtype))
+
+
+def _lanes_first(belief: GroupedBelief) -> GroupedBelief:
+    return jax.tree.map(jnp.transpose, belief)
+
+
+def _say_grouped(keys, belief: GroupedBelief, laws, rate, messages, observed) -> tuple[GroupedBelief, Array]:
+    groups = _lanes_first(belief)
+    code = grouped_code(groups, laws.T, rate)
+    actions = _draw(keys, action_weights(code, groups, messages).T, laws, observed)
+    return _lanes_first(grouped_update(groups, code, actions)), actions
+
+
+def _say_binned(keys, belief: Array, laws, rate, messages, observed, *, encoder) -> tuple[Array, Array]:
+    codes = jax.vmap(lambda masses, law: step_code(masses, law, rate, encoder))(belief, laws)
     weights = jnp.take_along_axis(codes.given, messages[:, None, None], axis=1)[:, 0]
     actions = _draw(keys, weights, laws, observed)
     likelihood = jnp.take_along_axis(codes.given, actions[:, None, None], axis=2)[:, :, 0]
-    return belief._replace(masses=jax.vmap(update_belief)(belief.masses, likelihood)), actions
+    return jax.vmap(update_belief)(belief, likelihood), actions
 
 
-_SAY = {
-    "greedy": _say_ranked,
-    "uniform_fixed": functools.partial(_say_binned, encoder="uniform_fixed"),
-    "uniform_adaptive": functools.partial(_say_binned, encoder="uniform_adaptive"),
+def _binned(encoder: str) -> _Beliefs:
+    """Beliefs ``[B, N]`` by the names of the messages."""
+
+    def fresh(num_messages: int, num_lanes: int, dtype: jnp.dtype) -> Array:
+        return jnp.full((num_lanes, num_messages), 1 / num_messages, dtype)
+
+    def read(belief: Array, messages: Array) -> tuple[Array, Array]:
+        truth = jnp.take_along_axis(belief, messages[:, None], axis=1, mode="clip")[:, 0]
+        return truth, jnp.argmax(belief, axis=1).astype(jnp.int32)
+
+    return _Beliefs(fresh, functools.partial(_say_binned, encoder=encoder), read)
+
+
+_BELIEFS = {
+    "greedy": _Beliefs(
+        _fresh_groups,
+        _say_grouped,
+        lambda belief, messages: read_belief(_lanes_first(belief), messages),
+        size=lambda belief: belief.sizes.shape[1],
+        resize=lambda belief, size: _lanes_first(resized(_lanes_first(belief), size)),
+        small=lambda num_messages, num_actions: 32,
+        grown=lambda belief, num_actions: num_groups(_lanes_first(belief)) + new_groups(num_actions),
+    ),
+    "uniform_fixed": _binned("uniform_fixed"),
+    "uniform_adaptive": _binned("uniform_adaptive"),
 }
 
 
@@ -305,18 +371,18 @@ def _draw(keys: Array, weights: Array, laws: Array, observed: Array) -> Array:
     return jnp.where(observed >= 0, observed, invert_cdf(weights, uniforms))
 
 
-def _write(board: _Board, before: _Lanes, after: _Lanes, actions: Array, truth: Array, ended: Array) -> _Board:
+def _write(
+    board: _Board, before: _Lanes, after: _Lanes, actions: Array, truth: Array, decoded: Array, ended: Array
+) -> _Board:
     """Writes a step of every lane; lanes without an episode point beyond the last row and are dropped."""
     step = (before.episode, before.time)
     final = jnp.where(ended, before.episode, board.lengths.shape[0])
-    likeliest = jnp.argmax(after.belief.masses, axis=1)[:, None]
-    decoded = jnp.take_along_axis(after.belief.names, likeliest, axis=1)
     return _Board(
         board.states.at[before.episode, after.time].set(after.state, mode="drop"),
         board.actions.at[step].set(actions, mode="drop"),
         board.lengths.at[final].set(after.time, mode="drop"),
         board.rewards.at[final].set(after.reward, mode="drop"),
-        board.decoded.at[final].set(decoded[:, 0], mode="drop"),
+        board.decoded.at[final].set(decoded, mode="drop"),
         board.truth.at[step].set(truth, mode="drop"),
     )
 

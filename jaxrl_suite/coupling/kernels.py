@@ -59,7 +59,7 @@ def residue(*marginals: Array) -> Array:
     return largest * (8 * float(jnp.finfo(largest.dtype).eps))
 
 
-def _settle(a: Array, b: Array, tolerance: Array) -> tuple[Array, Array, Array, Array]:
+def settle(a: Array, b: Array, tolerance: Array) -> tuple[Array, Array, Array, Array]:
     """Pairs two masses: weight, what is left of each (exactly 0 on the side used up), and that side."""
     equal = jnp.abs(a - b) <= tolerance
     weight = jnp.minimum(a, b)
@@ -68,7 +68,7 @@ def _settle(a: Array, b: Array, tolerance: Array) -> tuple[Array, Array, Array, 
     return weight, jnp.where(equal | (a <= b), zero, a - b), jnp.where(equal | (b <= a), zero, b - a), side
 
 
-def _first_maximum(x: Array, index: Array) -> tuple[Array, Array]:
+def first_maximum(x: Array, index: Array) -> tuple[Array, Array]:
     """Maximum over the first axis and the smallest index where it is reached, each ``[1, B]``."""
     top = jnp.max(x, axis=0, keepdims=True)
     return top, jnp.min(jnp.where(x == top, index, x.shape[0] - 1), axis=0, keepdims=True)
@@ -146,7 +146,7 @@ def plain_kernel(p: Array, q: Array) -> Steps:
     idle = (jnp.zeros((length, 2, batch), p.dtype), jnp.zeros((length, 2, batch), narrow))
     tops, cells = run_steps(step, (both, rows), idle, (p, q))
     cells = cells.astype(jnp.int32)
-    weight, _, _, side = _settle(tops[:, :1], tops[:, 1:], tolerance[None])
+    weight, _, _, side = settle(tops[:, :1], tops[:, 1:], tolerance[None])
     return _outputs(Steps(cells[:, :1], cells[:, 1:], side, weight))
 
 
@@ -182,12 +182,12 @@ def small_steps(sorted_p: Array, extra: Array, q: Array, first: Array | None = N
     def step(carry, _):
         pointer, slots, owners, q = carry
         head = jnp.take_along_axis(sorted_p, pointer, axis=0)
-        kept, slot = _first_maximum(slots, slot_index)
+        kept, slot = first_maximum(slots, slot_index)
         from_slot = kept > head  # only when strictly larger: the order of ties of the plain kernel off ties of slots
         owner = jnp.max(jnp.where(slot_index == slot, owners, 0), axis=0, keepdims=True)
         rank = jnp.where(from_slot, owner, pointer)
-        b, column = _first_maximum(q, column_index)
-        weight, left_a, left_b, side = _settle(jnp.where(from_slot, kept, head), b, tolerance)
+        b, column = first_maximum(q, column_index)
+        weight, left_a, left_b, side = settle(jnp.where(from_slot, kept, head), b, tolerance)
         q = jnp.where(column_index == column, left_b, q)
         target = jnp.where(from_slot, slot, column)
         slots = jnp.where(slot_index == target, left_a, slots)
@@ -228,9 +228,9 @@ def zero_kernel(p: Array, q: Array) -> Steps:
         alive = jnp.any(opposite, axis=0, keepdims=True)
         large, small, owner, partner = pick(values, at), pick(below, at), pick(owners, at), pick(owner_below, at)
         small = jnp.where(alive, small, jnp.zeros_like(small))
-        weight, left, _, side = _settle(large, small, tolerance)
+        weight, left, _, side = settle(large, small, tolerance)
         is_row = owner < num_rows
-        # `_settle` saw the larger mass as the row; it is used up only in a tie, else its partner is.
+        # `settle` saw the larger mass as the row; it is used up only in a tie, else its partner is.
         side = jnp.where(side == IDLE, IDLE, jnp.where(is_row == (side == ROW), ROW, COLUMN))
         rest = (index != at) & (index != at + 1)
         place = jnp.sum(rest & (values >= left), axis=0, keepdims=True, dtype=jnp.int32)

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from jaxrl_suite.coupling.games import CodingGame, enumerate_game, play, step_code, update_belief
-from jaxrl_suite.coupling.ranked_beliefs import RankedBelief, action_weights, ranked_code, ranked_update
+from jaxrl_suite.coupling.grouped_beliefs import (
+    GroupedBelief,
+    action_weights,
+    grouped_code,
+    grouped_update,
+    new_groups,
+    resized,
+)
 from jaxrl_suite.envs.rate_grid import RateGridConfig, environment, next_state, rate_grid, soft_policy
 from jaxrl_suite.mdp import soft_value_iteration
 from tests.reference import coupling_game as oracle
@@ -156,33 +163,109 @@ def test_every_message_of_512_arrives_on_the_paper_grid():
     assert (np.asarray(episodes.truth)[ample, -1] > 0.99).all()
 
 
-def test_ranked_game_is_the_plain_one(x64):
-    """A step on ranked beliefs: the law of actions, the rate, and the posterior of the plain step, off near-ties."""
+def grouped(masses, sizes, rng):
+    """Beliefs of groups in descending order, their names in any order, and the same as one mass a message."""
+    order = np.argsort(-masses, axis=1, kind="stable")
+    firsts, beliefs = np.zeros_like(sizes), np.zeros((len(masses), sizes[0].sum()))
+    for row, (mass, size) in enumerate(zip(masses, sizes)):
+        begin = 0
+        for group in rng.permutation(len(mass)):
+            firsts[row, group] = begin
+            beliefs[row, begin : begin + size[group]] = mass[group]
+            begin += size[group]
+    parts = (np.take_along_axis(x, order, axis=1) for x in (masses, np.where(masses > 0, sizes, 0), firsts))
+    return GroupedBelief(*(jnp.asarray(x.T) for x in parts)), beliefs
+
+
+def ungrouped(belief, num_messages):
+    """One mass a message, [B, N]; no message is in two groups."""
+    found = np.zeros((belief.sizes.shape[1], num_messages))
+    for lane, columns in enumerate(zip(*(np.asarray(x).T for x in belief))):
+        for mass, size, first in zip(*columns):
+            assert (found[lane, first : first + size] == 0).all()
+            found[lane, first : first + size] = mass
+    return found
+
+
+@jax.jit
+def grouped_step(belief, laws, rate, actions, messages):
+    code = grouped_code(belief, laws.T, rate)
+    return action_weights(code, belief, messages).T, grouped_update(belief, code, actions)
+
+
+def grouped_given(belief, beliefs, laws, rate):
+    """Law of the action given every message [B, N, A] and the posteriors of every action [A, B, N]."""
+    lanes, size = beliefs.shape
+    weights, after = [], []
+    for message in range(size):
+        action = jnp.full((lanes,), message % laws.shape[1])
+        found, posterior = grouped_step(belief, laws, rate, action, jnp.full((lanes,), message))
+        weights.append(np.asarray(found))
+        if message < laws.shape[1]:
+            assert (np.diff(posterior.masses, axis=0) <= 1e-9).all()
+            before, now = (np.sum(np.asarray(x.sizes) > 0, axis=0) for x in (belief, posterior))
+            assert (now - before <= new_groups(laws.shape[1])).all()
+            after.append(ungrouped(posterior, size))
+    weights = np.stack(weights, axis=1)
+    total = weights.sum(2, keepdims=True)  # 0 for a message that is impossible
+    return weights / np.where(total > 0, total, 1), np.stack(after)
+
+
+def test_grouped_game_is_the_plain_one(x64):
+    """Groups of one message: the law of actions, the rate, and the posterior of the plain step, off near-ties."""
     rng = np.random.default_rng(0)
-    beliefs = rng.dirichlet(np.full(24, 0.5), size=40)
-    beliefs[:10, 5:] = 0
-    beliefs /= beliefs.sum(1, keepdims=True)
-    laws, rate = rng.dirichlet(np.ones(4), size=40), jnp.asarray(1.7)
-    order = np.argsort(-beliefs, axis=1, kind="stable").astype(np.int32)
-    ranked = RankedBelief(jnp.asarray(np.take_along_axis(beliefs, order, axis=1)), jnp.asarray(order))
-    codes = jax.jit(jax.vmap(lambda b, p: step_code(b, p, rate)))(beliefs, laws)
+    masses = rng.dirichlet(np.full(24, 0.5), size=40)
+    masses[:10, 5:] = 0
+    masses /= masses.sum(1, keepdims=True)
+    laws = rng.dirichlet(np.ones(4), size=40)
+    belief, beliefs = grouped(masses, np.ones((40, 24), np.int32), rng)
+    for rate in (0.0, 1.7, 9.0):
+        codes = jax.jit(jax.vmap(lambda b, p, r=rate: step_code(b, p, jnp.asarray(r))))(beliefs, laws)
+        given, after = grouped_given(belief, beliefs, laws, rate)
+        present = beliefs > 0
+        np.testing.assert_allclose(given[present], np.asarray(codes.given)[present], atol=1e-9)
+        posterior = beliefs * np.moveaxis(np.asarray(codes.given), 2, 0)
+        np.testing.assert_allclose(after, posterior / posterior.sum(2, keepdims=True), atol=1e-9)
 
-    @jax.jit
-    def step(ranked, actions, messages):
-        code = ranked_code(ranked, laws, rate)
-        return action_weights(code, ranked, messages), ranked_update(ranked, code, actions)
 
-    for action in range(4):
-        message = order[:, action]
-        weights, after = step(ranked, jnp.full((40,), action), jnp.asarray(message))
-        given = np.asarray(weights / weights.sum(1, keepdims=True))
-        np.testing.assert_allclose(given, codes.given[np.arange(40), message], atol=1e-9)
-        posterior = beliefs * np.asarray(codes.given)[:, :, action]
-        posterior /= posterior.sum(1, keepdims=True)
-        found = np.zeros_like(posterior)
-        np.put_along_axis(found, np.asarray(after.names), np.asarray(after.masses), axis=1)
-        np.testing.assert_allclose(found, posterior, atol=1e-9)
-        assert (np.diff(after.masses, axis=1) <= 1e-9).all()
+def test_groups_are_coupled_greedily(x64):
+    """Groups of several messages: the policy, Bayes' rule, and the information of the plain greedy coupling."""
+    rng = np.random.default_rng(1)
+    sizes = np.stack([rng.permutation([1, 1, 2, 3, 9, 16]) for _ in range(40)]).astype(np.int32)
+    masses = rng.gamma(0.7, size=sizes.shape)
+    masses[:6, 1:] = 0  # one group, as at the start
+    masses /= (masses * sizes).sum(1, keepdims=True)
+    laws = rng.dirichlet(np.ones(4), size=40)
+    laws[3], laws[20:24] = 0.25, [0.5, 0.5, 0.0, 0.0]
+    belief, beliefs = grouped(masses, sizes, rng)
+    belief = resized(belief, 32)  # as many as there are messages, so that nothing can be lost
+
+    def information(given):
+        joint = beliefs[:, :, None] * given
+        return np.where(
+            joint > 0, joint * np.log2(np.where(joint > 0, given / np.where(laws > 0, laws, 1)[:, None], 1)), 0
+        ).sum((1, 2))
+
+    for rate in (1.0, 2.3, 9.0):
+        codes = jax.jit(jax.vmap(lambda b, p, r=rate: step_code(b, p, jnp.asarray(r))))(beliefs, laws)
+        given, after = grouped_given(belief, beliefs, laws, rate)
+        given = np.where(beliefs[:, :, None] > 0, given, 0)
+        np.testing.assert_allclose(np.einsum("bn,bna->ba", beliefs, given), laws, atol=1e-12)
+        np.testing.assert_allclose(information(given), information(np.asarray(codes.given)), atol=1e-9)
+        posterior = beliefs * np.moveaxis(given, 2, 0)
+        total = posterior.sum(2, keepdims=True)
+        np.testing.assert_allclose(
+            after, np.where(total > 0, posterior / np.where(total > 0, total, 1), beliefs), atol=1e-9
+        )
+
+
+def test_long_lists_of_groups(game):
+    """More groups than the short lists hold: the same game in lists of any length."""
+    messages = jax.random.randint(jax.random.key(1), (64,), 0, 300)
+    options = {"num_messages": 300, "horizon": 40, "num_lanes": 64}
+    episodes = play(jax.random.key(2), game, messages, 1.5, **options)
+    read = play(jax.random.key(3), game, messages, 1.5, replay=episodes.trajectories, **options)
+    np.testing.assert_array_equal(read.truth, episodes.truth)
 
 
 def test_fixed_bins_saturate(played):
