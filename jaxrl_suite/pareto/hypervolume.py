@@ -108,10 +108,10 @@ def hypervolume(points: Array, reference: Array, *, mask: Array | None = None) -
         mask: bool [N], rows that count; all by default. Rows that do not count may hold NaN.
 
     Returns:
-        Scalar, in the product of the units, not negative.
+        Scalar, in the product of the units, not negative; NaN, inside jit, if a row that counts holds NaN.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or a row that counts holds NaN (where values are known: not inside jit).
 
     References:
         Zitzler and Thiele (1999), "Multiobjective evolutionary algorithms: a comparative case study"; Emmerich and
@@ -124,7 +124,13 @@ def hypervolume(points: Array, reference: Array, *, mask: Array | None = None) -
     points, reference = _check_shapes(points, reference, mask)
     if points.shape[0] == 0:
         return jnp.zeros((), points.dtype)
-    return _origin_volume(_above_reference(points, reference, mask))
+    unknown = jnp.any(jnp.isnan(points), axis=1) if mask is None else jnp.any(jnp.isnan(points), axis=1) & mask
+    if not isinstance(unknown, jax.core.Tracer) and bool(jnp.any(unknown)):
+        row = int(jnp.argmax(unknown))
+        check(False, argument=f"points[{row}]", value=points[row].tolist(), rule="must not be NaN",
+              remedy="Leave the row out by mask=")  # fmt: skip
+    volume = _origin_volume(_above_reference(points, reference, mask))
+    return jnp.where(jnp.any(unknown), jnp.asarray(jnp.nan, volume.dtype), volume)
 
 
 def hypervolume_improvement(point: Array, points: Array, reference: Array, *, mask: Array | None = None) -> Array:

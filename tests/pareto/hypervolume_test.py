@@ -139,6 +139,17 @@ def test_gradient_at_ties_is_a_subgradient(x64):
     assert sorted(gradient[:, 2]) == [1.0, 2.0]
 
 
+def test_nan_that_counts_is_an_error_or_nan_and_never_a_smaller_volume():
+    points = jnp.array([[3.0, 1.0], [jnp.nan, 2.0]])
+    with pytest.raises(ValueError, match=r"points\[1\].*NaN.*mask="):
+        hypervolume(points, jnp.zeros(2))
+    volume = jax.jit(lambda points, mask: hypervolume(points, jnp.zeros(2), mask=mask))
+    assert np.isnan(volume(points, jnp.array([True, True])))
+    assert float(volume(points, jnp.array([True, False]))) == 3.0
+    batch = jnp.stack([points, jnp.array([[3.0, 1.0], [1.0, 2.0]])])
+    np.testing.assert_array_equal(jax.vmap(lambda p: hypervolume(p, jnp.zeros(2)))(batch), [np.nan, 4.0])
+
+
 def test_masked_nan_reaches_no_derivative():
     points = jnp.array([[1.0, 2.0], [jnp.nan, jnp.inf]])
     value, gradient = jax.value_and_grad(hypervolume)(points, jnp.zeros(2), mask=jnp.array([True, False]))
