@@ -30,6 +30,7 @@ from jaxrl_suite.config import check
 from jaxrl_suite.coupling.ebim import code_at_rate
 from jaxrl_suite.coupling.greedy import greedy_coupling
 from jaxrl_suite.coupling.grouped_beliefs import (
+    SHORT,
     GroupedBelief,
     action_weights,
     grouped_code,
@@ -237,7 +238,9 @@ def _play(key, arrays, messages, rate, recorded, replay, next_state, num_message
         keys = fold(jax.vmap(jax.random.fold_in, (None, 0))(key, lanes.episode), lanes.time)
         draw_keys, move_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         observed = jnp.where(replay, recorded.actions[row, lanes.time], -1)
-        belief, actions = kept.say(draw_keys, lanes.belief, policy[lanes.state], rate, messages[row], observed)
+        belief, actions = kept.say(
+            draw_keys, lanes.belief, policy[lanes.state], rate, messages[row], observed, num_messages
+        )
         moved = jax.vmap(next_state)(move_keys, lanes.state, actions).astype(jnp.int32)
         state = jnp.where(replay, recorded.states[row, lanes.time + 1], moved)
         time = lanes.time + 1
@@ -305,7 +308,7 @@ class _Beliefs(NamedTuple):
     """How an encoder keeps the beliefs of B lanes."""
 
     fresh: Callable  # (num_messages, num_lanes, dtype) -> belief, all messages equally probable
-    say: Callable  # (keys, belief, laws [B, A], rate, messages, observed or -1) -> belief, actions, after one step
+    say: Callable  # (keys, belief, laws [B, A], rate, messages, observed or -1, num_messages) -> belief, actions
     read: Callable  # (belief, messages) -> belief in them [B], likeliest messages int32 [B]
     size: Callable = lambda belief: 0  # how long the lists of the belief are
     resize: Callable = lambda belief, size: belief
@@ -321,14 +324,17 @@ def _lanes_first(belief: GroupedBelief) -> GroupedBelief:
     return jax.tree.map(jnp.transpose, belief)
 
 
-def _say_grouped(keys, belief: GroupedBelief, laws, rate, messages, observed) -> tuple[GroupedBelief, Array]:
+def _say_grouped(
+    keys, belief: GroupedBelief, laws, rate, messages, observed, num_messages
+) -> tuple[GroupedBelief, Array]:
     groups = _lanes_first(belief)
     code = grouped_code(groups, laws.T, rate)
     actions = _draw(keys, action_weights(code, groups, messages).T, laws, observed)
-    return _lanes_first(grouped_update(groups, code, actions)), actions
+    return _lanes_first(grouped_update(groups, code, actions, num_messages)), actions
 
 
-def _say_binned(keys, belief: Array, laws, rate, messages, observed, *, encoder) -> tuple[Array, Array]:
+def _say_binned(keys, belief: Array, laws, rate, messages, observed, num_messages, *, encoder) -> tuple[Array, Array]:
+    del num_messages
     codes = jax.vmap(lambda masses, law: step_code(masses, law, rate, encoder))(belief, laws)
     weights = jnp.take_along_axis(codes.given, messages[:, None, None], axis=1)[:, 0]
     actions = _draw(keys, weights, laws, observed)
@@ -356,7 +362,7 @@ _BELIEFS = {
         lambda belief, messages: read_belief(_lanes_first(belief), messages),
         size=lambda belief: belief.sizes.shape[1],
         resize=lambda belief, size: _lanes_first(resized(_lanes_first(belief), size)),
-        small=lambda num_messages, num_actions: 32,
+        small=lambda num_messages, num_actions: SHORT,
         grown=lambda belief, num_actions: num_groups(_lanes_first(belief)) + new_groups(num_actions),
     ),
     "uniform_fixed": _binned("uniform_fixed"),

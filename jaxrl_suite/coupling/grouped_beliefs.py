@@ -30,6 +30,8 @@ from jaxrl_suite.coupling.kernels import first_maximum, residue, settle
 from jaxrl_suite.distributions import entropy_terms
 from jaxrl_suite.types import Array
 
+SHORT = 32  # groups that mostly suffice, a power of two
+
 
 class GroupedBelief(NamedTuple):
     """Beliefs of many lanes, B lanes of G groups; a group that is absent has mass and size 0 and comes last.
@@ -121,7 +123,7 @@ def grouped_code(belief: GroupedBelief, action_laws: Array, rate: Array) -> Grou
     tolerance = residue(jnp.maximum(belief.masses[:1], code.giant_mass), action_laws)
     action, row = _iota(action_laws), _iota(jnp.zeros((num_actions + 2, batch)))
     zero, none = jnp.zeros_like(action_laws), jnp.zeros((num_actions, batch), jnp.int32)
-    length = num_groups + 3 * num_actions + 4
+    length = _events(num_groups, num_actions)
     alone_groups = code.alone > 0
     begin = jnp.min(jnp.where(alone_groups, _iota(code.alone), num_groups), axis=0, keepdims=True)
 
@@ -194,8 +196,12 @@ def action_weights(code: GroupedCode, belief: GroupedBelief, messages: Array) ->
     return weights + jnp.sum(jnp.where(rows[:, None], code.cells, jnp.zeros_like(code.cells)), axis=0)
 
 
-def grouped_update(belief: GroupedBelief, code: GroupedCode, actions: Array) -> GroupedBelief:
-    """Bayes' rule; an action that is impossible under every message leaves the belief as it was."""
+def grouped_update(belief: GroupedBelief, code: GroupedCode, actions: Array, num_messages: int) -> GroupedBelief:
+    """Bayes' rule; an action that is impossible under every message leaves the belief as it was.
+
+    The number of messages, the longest list that there may be, decides how many bits the order reads, so that it is the
+    same in lists of every length.
+    """
     groups, which = _iota(belief.sizes), _iota(code.broken_group) == actions
     parts = code.code
     cells = jnp.sum(jnp.where(which[None], code.cells, jnp.zeros_like(code.cells)), axis=1)  # [A + 2, B]
@@ -226,9 +232,10 @@ def grouped_update(belief: GroupedBelief, code: GroupedCode, actions: Array) -> 
     broken = GroupedBelief(cells[:-2], (code.broken_group >= 0).astype(jnp.int32), firsts)
     found = jax.tree.map(lambda *xs: jnp.concatenate(xs), giant, alone, broken, pair)
     found = found._replace(masses=jnp.where(found.sizes > 0, found.masses, jnp.zeros((), masses.dtype)))
-    total = jnp.sum(found.masses * found.sizes, axis=0, keepdims=True)
+    total = sum(_total(part.masses * part.sizes) for part in (giant, alone, broken, pair))
     possible = total > 0
-    order = _nearly_descending(found.masses)[: groups.shape[0]]
+    places = num_messages + _events(num_messages, cells.shape[0] - 2) + cells.shape[0]
+    order = _nearly_descending(found.masses, places)[: groups.shape[0]]
     after = jax.tree.map(lambda x: jnp.take_along_axis(x, order, axis=0), found)
     posterior = after.masses / jnp.where(possible, total, jnp.ones_like(total))
     after = GroupedBelief(posterior, jnp.where(posterior > 0, after.sizes, 0), after.firsts)
@@ -241,9 +248,9 @@ def _encode(belief: GroupedBelief, rate: Array) -> _Code:
     group = _iota(sizes)
     ends, terms = jnp.cumsum(sizes, axis=0, dtype=jnp.int32), entropy_terms(masses)
     starts, of_group = ends - sizes, masses * sizes
-    blocks = jnp.cumsum(of_group, axis=0) - of_group
+    blocks = _running(of_group) - of_group
     tails = terms * sizes
-    tails = jnp.flip(jnp.cumsum(jnp.flip(tails, 0), axis=0), 0) - tails
+    tails = _running(tails, reverse=True) - tails
     count = ends[-1:]
     last = jnp.max(jnp.where(sizes > 0, group, 0), axis=0, keepdims=True)
     low = _pick(masses, last)
@@ -279,8 +286,7 @@ def _encode(belief: GroupedBelief, rate: Array) -> _Code:
     total, is_split = jnp.where(everything, count, total), is_split & ~everything
     giant = jnp.clip(total - starts, 0, sizes)
     pair = jnp.where(is_split, jnp.clip(ends - jnp.maximum(starts, count - 2), 0, sizes), 0)
-    mass_of = [jnp.sum(masses * part, axis=0, keepdims=True) for part in (giant, pair)]
-    return _Code(giant, sizes - giant - pair, pair, *mass_of)
+    return _Code(giant, sizes - giant - pair, pair, _total(masses * giant), _total(masses * pair))
 
 
 def _give_whole(mass: Array, number: Array, left: Array) -> tuple[Array, Array]:
@@ -305,6 +311,42 @@ def _give_whole(mass: Array, number: Array, left: Array) -> tuple[Array, Array]:
     return counts.astype(jnp.int32), jnp.maximum(left - counts * mass, 0)
 
 
+def _running(x: Array, *, reverse: bool = False) -> Array:
+    """Sums along the first axis, whose rounding does not depend on how many zeros follow.
+
+    A lane must go on in the same way whatever lists its neighbours need. So entries are added in blocks of one length,
+    in an order that is written down (that of a reduction depends on its shape), and then the totals of the blocks.
+    """
+    inside = _blocks(x)
+    for power in range((SHORT - 1).bit_length()):
+        step = 1 << power
+        shift = ((0, 0), (0, step), (0, 0)) if reverse else ((0, 0), (step, 0), (0, 0))
+        inside = inside + jnp.pad(inside[:, step:] if reverse else inside[:, :-step], shift)
+        inside = jax.lax.optimization_barrier(inside)  # fused, the sums before would be taken twice each time
+    totals = inside[:, 0] if reverse else inside[:, -1]
+    others = jax.lax.cumsum(totals, axis=0, reverse=reverse) - totals
+    return (inside + others[:, None]).reshape(-1, x.shape[1])[: x.shape[0]]
+
+
+def _total(x: Array) -> Array:
+    """[1, B], the sums of the columns, rounded in the same way."""
+    blocks = _blocks(x)
+    while blocks.shape[1] > 1:
+        half = blocks.shape[1] // 2
+        blocks = blocks[:, :half] + blocks[:, half:]
+    return jnp.sum(blocks[:, 0], axis=0, keepdims=True)
+
+
+def _blocks(x: Array) -> Array:
+    x = jax.lax.optimization_barrier(x)  # a product fused into a sum would be rounded once less
+    return jnp.pad(x, ((0, -x.shape[0] % SHORT), (0, 0))).reshape(-1, SHORT, x.shape[1])
+
+
+def _events(num_groups: int, num_actions: int) -> int:
+    """How many events a coupling may have: groups, cuts of remainders, and rounding."""
+    return num_groups + 3 * num_actions + 4
+
+
 def _iota(x: Array) -> Array:
     return jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
 
@@ -314,10 +356,10 @@ def _pick(x: Array, at: Array) -> Array:
     return jnp.take_along_axis(x, at, axis=0)
 
 
-def _nearly_descending(masses: Array) -> Array:
-    """int32 [G, B], an order by the leading bits of the masses; ties by place."""
+def _nearly_descending(masses: Array, places: int) -> Array:
+    """int32 [G, B], an order by the bits of the masses that ``places`` leave; ties by place."""
     integer = {4: jnp.int32, 8: jnp.int64}[masses.dtype.itemsize]
     keys = jnp.iinfo(integer).max - jax.lax.bitcast_convert_type(masses, integer)
-    low = (1 << max(1, (masses.shape[0] - 1).bit_length())) - 1
+    low = (1 << (places - 1).bit_length()) - 1
     place = jax.lax.broadcasted_iota(integer, masses.shape, 0)
     return (jnp.sort(((keys & ~low) | place).T, axis=1) & low).astype(jnp.int32).T

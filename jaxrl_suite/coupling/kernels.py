@@ -154,30 +154,26 @@ def plain_kernel(p: Array, q: Array) -> Steps:
 def small_kernel(p: Array, q: Array) -> Steps:
     """As :func:`plain_kernel`, and bit for bit the same off ties, for M much smaller than N."""
     sorted_p, order = (x.T for x in sort_descending(p.T, exchanges=True))
-    steps = jax.tree.map(lambda x: x[:-1], small_steps(sorted_p, jnp.zeros_like(q[:1]), q))
+    steps = _small_steps(sorted_p, q)
     rows = jnp.take_along_axis(order, jnp.minimum(steps.row, p.shape[0] - 1), axis=0)
     return steps._replace(row=jnp.where(steps.side == IDLE, 0, rows))
 
 
-def small_steps(sorted_p: Array, extra: Array, q: Array, first: Array | None = None) -> Steps:
+def _small_steps(sorted_p: Array, q: Array) -> Steps:
     """Steps of the small-alphabet kernel for rows that are sorted already.
 
     Args:
         sorted_p: [N, B], masses in descending order.
-        extra: [1, B], one more row that is out of order, named N; zero if there is none.
         q: [M, B].
-        first: int32 [1, B], rank where the positive rows begin, those before it being zero; 0 by default.
 
     Returns:
-        N + M - 1 steps (N + M with the extra row), rows by rank.
+        N + M - 1 steps, rows by rank.
     """
     (num_rows, batch), num_columns = sorted_p.shape, q.shape[0]
     tolerance = residue(sorted_p, q)
     sorted_p = jnp.concatenate([sorted_p, jnp.zeros((1, batch), q.dtype)])
-    # Slot j keeps what was left of the row that used up column j; columns are used up once. The last one is for the
-    # extra row.
-    slot_index = jax.lax.broadcasted_iota(jnp.int32, (num_columns + 1, batch), 0)
-    column_index = _iota(q)
+    # Slot j keeps what was left of the row that used up column j; columns are used up once.
+    slot_index = column_index = _iota(q)
 
     def step(carry, _):
         pointer, slots, owners, q = carry
@@ -195,12 +191,10 @@ def small_steps(sorted_p: Array, extra: Array, q: Array, first: Array | None = N
         pointer = jnp.where(from_slot | (side == IDLE), pointer, pointer + 1)
         return (pointer, slots, owners, q), Steps(rank, column, side, weight)
 
-    slots = jnp.concatenate([jnp.zeros_like(q), extra])
-    owners = jnp.where(slot_index == num_columns, num_rows, 0)
-    start = (jnp.zeros((1, batch), jnp.int32) if first is None else first, slots, owners, q)
-    integers = jnp.zeros((num_rows + num_columns, 1, batch), jnp.int32)
+    start = (jnp.zeros((1, batch), jnp.int32), jnp.zeros_like(q), jnp.zeros(q.shape, jnp.int32), q)
+    integers = jnp.zeros((num_rows + num_columns - 1, 1, batch), jnp.int32)
     idle = Steps(integers, integers, jnp.full_like(integers, IDLE), jnp.zeros(integers.shape, q.dtype))
-    return _outputs(run_steps(step, start, idle, (jnp.concatenate([sorted_p, extra]), q)))
+    return _outputs(run_steps(step, start, idle, (sorted_p, q)))
 
 
 @batch_minor

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_suite.coupling import games
 from jaxrl_suite.coupling.games import CodingGame, enumerate_game, play, step_code, update_belief
 from jaxrl_suite.coupling.grouped_beliefs import (
     GroupedBelief,
@@ -190,7 +191,7 @@ def ungrouped(belief, num_messages):
 @jax.jit
 def grouped_step(belief, laws, rate, actions, messages):
     code = grouped_code(belief, laws.T, rate)
-    return action_weights(code, belief, messages).T, grouped_update(belief, code, actions)
+    return action_weights(code, belief, messages).T, grouped_update(belief, code, actions, 64)
 
 
 def grouped_given(belief, beliefs, laws, rate):
@@ -259,13 +260,32 @@ def test_groups_are_coupled_greedily(x64):
         )
 
 
-def test_long_lists_of_groups(game):
-    """More groups than the short lists hold: the same game in lists of any length."""
-    messages = jax.random.randint(jax.random.key(1), (64,), 0, 300)
-    options = {"num_messages": 300, "horizon": 40, "num_lanes": 64}
-    episodes = play(jax.random.key(2), game, messages, 1.5, **options)
-    read = play(jax.random.key(3), game, messages, 1.5, replay=episodes.trajectories, **options)
-    np.testing.assert_array_equal(read.truth, episodes.truth)
+def test_long_lists_of_groups_play_the_same_game(monkeypatch):
+    """A lane goes on bit for bit the same whether the lists are short or, as its neighbours need more, whole.
+
+    Short lists of 12 rather than 32 send most steps through the whole ones.
+    """
+    game = world(0.02)
+    messages = jax.random.randint(jax.random.key(1), (96,), 0, 300)
+    options = {"num_messages": 300, "horizon": 40, "num_lanes": 96}
+    kept = games._BELIEFS["greedy"]
+    switches, played = [], {}
+
+    def grown(belief, num_actions):
+        number = kept.grown(belief, num_actions)
+        jax.debug.callback(lambda n: switches.append(int(n)), number)
+        return number
+
+    for size in (32, 12):
+        shorter = kept._replace(small=lambda num_messages, num_actions, size=size: size, grown=grown)
+        monkeypatch.setitem(games._BELIEFS, "greedy", shorter)
+        games._play.clear_cache()
+        switches.clear()
+        played[size] = jax.block_until_ready(play(jax.random.key(2), game, messages, 1.0, **options))
+        jax.effects_barrier()
+        assert (max(switches) > size) == (size == 12)
+    games._play.clear_cache()
+    jax.tree.map(np.testing.assert_array_equal, played[32]._replace(masked=0), played[12]._replace(masked=0))
 
 
 def test_fixed_bins_saturate(played):
