@@ -63,14 +63,14 @@ def run(run: "Run") -> Result:
     folding = moe.Folding.parse(config.folding, 8)
     folding.mesh()  # too few devices are an error before anything is trained
     params, model, prompts_of, rewards, sampling = _policy(run, config, folding)
-    sides = {}
+    trained = {}
     for name in _SIDES:
         side = sharded_policy.make_side(
             model, folding if name == "folded" else None, rewards, sampling, group_size=config.group_size,
             learning_rate=config.learning_rate, rate=config.rate, host=bool(config.model),
         )  # fmt: skip
-        sides[name] = _train(run, config, name, side, params, prompts_of)
-    moved = run.stage("reshard", lambda: _reshard(sides["folded"], model, folding))
+        trained[name] = _train(run, config, name, side, params, prompts_of).params  # without the moments
+    moved = run.stage("reshard", lambda: _reshard(trained["folded"], model, folding))
     rows = {name: {key: run.series(f"{name}/{key}") for key in _NAMES} for name in _SIDES}
     one, folded = rows["one"], rows["folded"]
     same = one["tokens/checksum"] == folded["tokens/checksum"]
@@ -82,7 +82,7 @@ def run(run: "Run") -> Result:
         "gradient norm": differences["gradient_norm"],
         "loss": differences["loss"],
     }
-    gap = _gap(sides["one"].params, sides["folded"].params)
+    gap = _gap(trained["one"], trained["folded"])
     tail = max(1, config.num_steps // 5)
     summary: dict[str, float | int | str | bool | None] = {"policy/num_parameters": lm.num_parameters(model)}
     for name in sharded_policy.OBJECTIVES:
@@ -173,8 +173,8 @@ _NAMES = (
 )
 
 
-def _reshard(state: alignment.TrainerState, model: lm.LanguageModelConfig, folding: moe.Folding) -> dict[str, Any]:
-    return sharded_policy.reshard(state.params, model, folding)._asdict()
+def _reshard(params: Any, model: lm.LanguageModelConfig, folding: moe.Folding) -> dict[str, Any]:
+    return sharded_policy.reshard(params, model, folding)._asdict()
 
 
 def _gap(one: Any, folded: Any) -> float:

@@ -34,7 +34,7 @@ class Side(NamedTuple):
     Attributes:
         trainer: the trainer.
         place: puts a state of any layout where this side keeps it.
-        step: ``step(state, prompts, mask) -> (state, generation, metrics)``.
+        step: ``step(state, prompts, mask) -> (state, generation, metrics)``; the moments of the given state are gone.
     """
 
     trainer: alignment.Trainer
@@ -106,9 +106,11 @@ def make_side(
     )
     place = _placer(model, folding)
 
-    def whole(state: alignment.TrainerState, prompts: Array, mask: Array, generation: Generation, scores: Array) -> Any:
+    def whole(
+        moments: Any, rest: alignment.TrainerState, prompts: Array, mask: Array, generation: Generation, scores: Array
+    ) -> Any:
         grouped = scores.reshape(3, prompts.shape[0], group_size)
-        return alignment.update(trainer, state, prompts, mask, generation, grouped)
+        return alignment.update(trainer, rest._replace(optimizer=moments), prompts, mask, generation, grouped)
 
     score = rewards if host else jax.jit(rewards)
     compiled: list[Any] = []
@@ -120,8 +122,11 @@ def make_side(
         if not compiled:
             layout = None if folding is None else jax.tree.map(lambda leaf: leaf.sharding, state)
             # Without fixed output layouts XLA would choose its own, and the second step would be compiled again.
-            compiled.append(jax.jit(whole, out_shardings=None if layout is None else (layout, None)))
-        state, metrics = compiled[0](state, prompts, mask, generation, scores)
+            # Moments are donated: they are two thirds of the state, and nobody but the state holds them.
+            shardings = None if layout is None else (layout, None)
+            compiled.append(jax.jit(whole, donate_argnums=0, out_shardings=shardings))
+        rest = state._replace(optimizer=None)
+        state, metrics = compiled[0](state.optimizer, rest, prompts, mask, generation, scores)
         return jax.block_until_ready((state, generation, metrics))
 
     return Side(trainer, place, step)
