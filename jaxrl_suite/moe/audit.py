@@ -98,7 +98,7 @@ def audit(compiled: Any) -> list[Collective]:
             if all(len(set(group)) < 2 for group in groups):
                 continue
             scope = re.search(r'op_name="([^"]*)"', line)
-            size = _size_of(match[2], match[4] is not None and match[3] != "all-reduce")
+            size = _size_of(match[2], match[4] is not None and not _is_plain_reduction(match[3], match[2]))
             if match[3] == "reduce-scatter" and not match[4]:  # the text shows the result, a share of what goes in
                 size *= max(map(len, groups))
             found.append(Collective(match[1], match[3], groups, size, runs, loops, scope[1] if scope else ""))
@@ -285,6 +285,11 @@ def _groups_of(line: str, kind: str) -> tuple[Group, ...]:
         r"replica_groups=(.*?)(?:, (?:dimensions|use_global|to_apply|metadata|constrain|split|backend)|$)", line
     )
     return parse_groups(match[1]) if match else ()
+
+
+def _is_plain_reduction(kind: str, shape: str) -> bool:
+    """Whether the start of an all-reduce shows its results alone; newer compilers write ((operands), results)."""
+    return kind == "all-reduce" and not shape.startswith("((")
 
 
 def _size_of(shape: str, is_start: bool) -> int:

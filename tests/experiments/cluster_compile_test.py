@@ -93,13 +93,15 @@ def test_combined_asynchronous_collectives_count_whole():
   %b = ((bf16[1,8]{{1,0}}), bf16[1,4]{{1,0}}) reduce-scatter-start(%r), {groups}
   %c = bf16[1,4]{{1,0}} reduce-scatter(%r), {groups}
   %d = (f32[6]{{0}}, f32[2]{{0}}) all-reduce-start(%s, %t), {groups}
-  %e = (f32[], f32[3,5]{{1,0}}, f32[4]{{0}}) while(%w), condition=%cond, body=%body
+  %e = ((f32[6]{{0}}), f32[6]{{0}}) all-reduce-start(%s), {groups}
+  %f = ((f32[6]{{0}}, f32[2]{{0}}), (f32[6]{{0}}, f32[2]{{0}})) all-reduce-start(%s, %t), {groups}
+  %g = (f32[], f32[3,5]{{1,0}}, f32[4]{{0}}) while(%w), condition=%cond, body=%body
 }}
 %body (p: f32[4]) -> f32[4] {{
-  %f = (f32[], f32[3,5]{{1,0}}, bf16[7]{{0}}) while(%w), condition=%cond, body=%inner
+  %h = (f32[], f32[3,5]{{1,0}}, bf16[7]{{0}}) while(%w), condition=%cond, body=%inner
 }}
 """
-    assert [item.num_bytes for item in audit(text)] == [8 * 4 + 12 * 2, 16, 16, 32]
+    assert [item.num_bytes for item in audit(text)] == [8 * 4 + 12 * 2, 16, 16, 32, 24, 32]
     assert carried_bytes(text) == [4 + 60 + 16, 14]
 
 
