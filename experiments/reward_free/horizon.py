@@ -25,7 +25,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "widest_targets": {"targets": "widths"},
     "ucrl_rfe": {"algorithm": "ucrl_rfe"},
 }
-_SHOWN = ("uncertainty", "value_error", "certificate")
+_SHOWN = ("uncertainty", "largest_error", "certificate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def run(run: "Run") -> Result:
         arrays |= {f"{kind}/{horizon}/{name}": value for name, value in found.items()}
     summary: dict[str, float | int | str | bool | None] = {}
     for kind in config.kinds:
-        for name in ("uncertainty", "value_error", "loss"):
+        for name in ("uncertainty", "largest_error", "value_error", "loss"):
             rows = {h: arrays[f"{kind}/{h}/{name}"] for h in config.horizons}
             late_rows = [row for h, row in rows.items() if h >= min(16, max(config.horizons))]
             curve, late = np.mean([*rows.values()], axis=1), np.mean(late_rows, axis=1)
@@ -96,7 +96,7 @@ def figures(result: Result) -> Mapping[str, "Figure"]:
 
     horizons = result.arrays["horizons"]
     figure, panels = new_figure(14.0, 4.2, ncols=3, title="Lock, S = 8, A = 3, D = 5: what a longer horizon costs")
-    labels = ("uncertainty value (an indication)", "worst value error over the bank", "certificate, radius 1.3 sqrt(D)")
+    labels = ("uncertainty value (an indication)", "largest value error, bank and goals at any step", "certificate, radius 1.3 sqrt(D)")
     for axes, name, label in zip(panels, _SHOWN, labels, strict=True):
         for index, kind in enumerate(str(name) for name in result.arrays["kinds"]):
             values = np.array([result.arrays[f"{kind}/{h}/{name}"] for h in horizons])

@@ -18,6 +18,7 @@ from jaxrl_suite.reward_free import (
     certificate,
     explore,
     finish,
+    goal_value_errors,
     init_explorer,
     plan,
     reward_bank,
@@ -134,7 +135,11 @@ def _read_seeds(world, config, state, history, bank, *, certified=False):
         losses = suboptimality(world, planned, bank)
         error = jnp.max(value_error(world, found, planned, bank))
         measures = (history.uncertainty[-1], jnp.max(losses), error)
-        return (*measures, certificate(world, config, HParams(), found, scale=1.3).bound) if certified else measures
+        if not certified:
+            return measures
+        goals = jnp.max(goal_value_errors(world, found, config.horizon))
+        sealed = certificate(world, config, HParams(), found, scale=1.3).bound
+        return *measures, sealed, jnp.maximum(error, goals)
 
     return jax.vmap(one)(state, history)
 
@@ -163,11 +168,12 @@ def measure_settled(
 
     Returns:
         As :func:`measure`; "uncertainty" is the settled value, "played_uncertainty" that of the last episode, "effort"
-        [doublings + 1, seeds] the value after ``ascent_steps`` times 1, 2, 4, ...; "settled" whether it settled.
+        [doublings + 1, seeds] the value after ``ascent_steps`` times 1, 2, 4, ...; "settled" whether it settled;
+        "largest_error" the largest value error over the bank and over goals at every step.
     """
     state = _init_seeds(world, config, keys)
     state, history = _advance_seeds(world, config, state, jnp.int32(0), config.num_episodes)
-    names = ("uncertainty", "loss", "value_error", "certificate")
+    names = ("uncertainty", "loss", "value_error", "certificate", "largest_error")
     read = _read_seeds(world, config, state, history, bank, certified=True)
     found = {n: np.asarray(x) for n, x in zip(names, read, strict=True)}
     found["played_uncertainty"] = found["uncertainty"]

@@ -4,7 +4,14 @@ from jaxrl_suite.reward_free.certificate import CertificateOutput, certificate
 from jaxrl_suite.reward_free.config import ExplorerConfig, HParams, paper_num_moments
 from jaxrl_suite.reward_free.explorer import ExplorerState, advance, explore, finish, init_explorer
 from jaxrl_suite.reward_free.moments import MomentWeights, moment_weights, squared_powers
-from jaxrl_suite.reward_free.planning import Policies, plan, policy_values, suboptimality, value_error
+from jaxrl_suite.reward_free.planning import (
+    Policies,
+    goal_value_errors,
+    plan,
+    policy_values,
+    suboptimality,
+    value_error,
+)
 from jaxrl_suite.reward_free.precision import PrecisionWarning, rounding_error
 from jaxrl_suite.reward_free.projection import Projection, project_parameter
 from jaxrl_suite.reward_free.radius import paper_radius, self_normalised_radius
@@ -41,6 +48,7 @@ __all__ = [
     "check_rewards",
     "explore",
     "finish",
+    "goal_value_errors",
     "init_explorer",
     "longest_path",
     "longest_totals",

@@ -145,6 +145,35 @@ def value_error(mdp: LinearMixtureMDP, exploration: Exploration, policy: Array, 
     return jnp.abs(claimed - policy_values(mdp.kernel(), mdp.successors, mdp.start, policy, rewards))
 
 
+def goal_value_errors(mdp: LinearMixtureMDP, exploration: Exploration, horizon: int) -> Array:
+    """:func:`value_error` of the plans for all goals: 1 for being in state s at step t, and nothing else.
+
+    The kernel does not change with time, so that one backward sweep from ``V = 1[s]`` meets every such reward: after t
+    steps it holds the value of being in s at step t. A model's error over all rewards of H steps never falls with H,
+    because a reward may be 0 from some step on; a bank that asks for the last step alone does not see that.
+
+    Args:
+        mdp: model, its true parameter included.
+        exploration: what was explored.
+        horizon: steps H.
+
+    Returns:
+        [H, S], not negative; row 0 is 0.
+    """
+    claimed_kernel, true_kernel, successors = exploration.model, mdp.kernel(), mdp.successors
+
+    def back(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], Array]:
+        claimed, true = carry
+        following, action = _best_action(_ahead(claimed_kernel, successors, claimed))
+        truly = jnp.take_along_axis(_ahead(true_kernel, successors, true), action[:, None], axis=1)[:, 0]
+        return (following, truly), jnp.abs(claimed - true)[mdp.start]
+
+    check(horizon >= 1, argument="horizon", value=horizon, rule="must be at least 1")
+    goals = jnp.eye(mdp.num_states, dtype=claimed_kernel.dtype)
+    _, errors = jax.lax.scan(back, (goals, goals), None, length=horizon)
+    return errors
+
+
 def _ahead(model: Array, successors: Array, values: Array) -> Array:
     """``[P V]`` [S, A, R] of values [S, R]; short lists are summed term by term, which fuses."""
     width = model.shape[-1]

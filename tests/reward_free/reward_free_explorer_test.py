@@ -152,6 +152,21 @@ def losses(algorithm):
     return _losses_and_errors(_bare(runs(algorithm)))[0]
 
 
+def test_one_sweep_gives_the_value_error_of_every_goal_at_every_step(x64):
+    """Every reward that is 1 on a state at a step, planned one by one: the same errors, whatever the horizon."""
+    one_run = jax.tree.map(lambda leaf: leaf[0], _bare(runs()))
+    errors = jax.jit(lambda e: rf.goal_value_errors(world(), e, HORIZON))(one_run)
+    place = jnp.broadcast_to(jnp.eye(4)[:, :, None], (4, 4, 2))
+    goals = jnp.zeros((HORIZON, 4, HORIZON, 4, 2)).at[jnp.arange(HORIZON), :, jnp.arange(HORIZON)].set(place)
+    goals = goals.reshape(-1, HORIZON, 4, 2)
+    planned = rf.plan(one_run, goals).actions
+    np.testing.assert_allclose(errors.reshape(-1), rf.value_error(world(), one_run, planned, goals), atol=1e-12)
+    assert float(jnp.max(errors[:-1])) > 0.0
+    assert errors[0].tolist() == [0.0] * 4
+    with pytest.raises(ValueError, match="horizon=0"):
+        rf.goal_value_errors(world(), one_run, 0)
+
+
 def _without_records(found):
     return found._replace(history=None, statistics=None)
 
