@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_suite.config import check
-from jaxrl_suite.pareto.hypervolume import hypervolume_contributions, hypervolume_improvement
+from jaxrl_suite.pareto.hypervolume import check_known, hypervolume_contributions, hypervolume_improvement
 from jaxrl_suite.types import Array
 
 
@@ -35,13 +35,19 @@ def non_dominated(points: Array, mask: Array | None = None) -> Array:
         mask: bool [N], rows that count; the others are neither members nor dominators and may hold NaN.
 
     Returns:
-        bool [N].
+        bool [N]; a row that holds NaN is on no front.
+
+    Raises:
+        ValueError: a row that counts holds NaN (where values are known: not inside jit).
 
     >>> import jax.numpy as jnp
     >>> non_dominated(jnp.array([[1.0, 2.0], [2.0, 1.0], [1.0, 1.0]])).tolist()
     [True, True, False]
     """
-    keep = jnp.ones(points.shape[0], bool) if mask is None else jnp.asarray(mask, bool)
+    check_known("points", points, mask)
+    keep = ~jnp.any(jnp.isnan(points), axis=1)
+    if mask is not None:
+        keep = keep & mask
     beaten = dominates(points[None, :, :], points[:, None, :]) & keep[None, :]
     return keep & ~jnp.any(beaten, axis=1)
 
@@ -72,11 +78,12 @@ def init_archive(capacity: int, reference: Array) -> Archive:
         reference: [K], reference point of the hypervolume, in the units of the objectives.
 
     Raises:
-        ValueError: the capacity is not positive or the reference is not a vector.
+        ValueError: the capacity is not positive, or the reference is not a vector or holds NaN.
     """
     check(capacity > 0, argument="capacity", value=capacity, rule="must be positive")
     reference = jnp.asarray(reference)
     check(reference.ndim == 1, argument="reference", value=reference.shape, rule="must have shape [K]")
+    check_known("reference", reference)
     return Archive(
         points=jnp.zeros((capacity, reference.shape[0]), reference.dtype),
         mask=jnp.zeros(capacity, bool),
@@ -86,7 +93,6 @@ def init_archive(capacity: int, reference: Array) -> Archive:
     )
 
 
-@jax.jit
 def archive_insert(archive: Archive, point: Array, *, label: Array | int = 0) -> tuple[Archive, Array, Array]:
     """Offers a point to the archive.
 
@@ -100,7 +106,11 @@ def archive_insert(archive: Archive, point: Array, *, label: Array | int = 0) ->
         label: int [], kept beside the point.
 
     Returns:
-        The archive, the gain ``HV(P + p) - HV(P) >= 0`` before any eviction, and the overflow flag bool [].
+        The archive, the gain ``HV(P + p) - HV(P) >= 0`` before any eviction, and the overflow flag bool []. A point
+        that holds NaN leaves the archive as it is, and the gain is NaN.
+
+    Raises:
+        ValueError: the point holds NaN (where values are known: not inside jit).
 
     References:
         Lu et al. (2025), arXiv 2509.11452, the buffer of hypervolume guidance; Knowles et al. (2003) for eviction by
@@ -113,6 +123,12 @@ def archive_insert(archive: Archive, point: Array, *, label: Array | int = 0) ->
     (6.0, False)
     """
     point = jnp.asarray(point, archive.points.dtype)
+    check_known("point", point)
+    return _insert(archive, point, label)
+
+
+@jax.jit
+def _insert(archive: Archive, point: Array, label: Array | int) -> tuple[Archive, Array, Array]:
     covered = jnp.any(jnp.all(archive.points >= point[None, :], axis=1) & archive.mask)
     enters = jnp.all(point > archive.reference) & ~covered
     gain = hypervolume_improvement(point, archive.points, archive.reference, mask=archive.mask)

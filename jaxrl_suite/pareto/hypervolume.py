@@ -74,7 +74,36 @@ def _above_reference(points: Array, reference: Array, mask: Array | None) -> Arr
     return jnp.where(inside, points - reference[None, :], jnp.zeros_like(points))
 
 
-def _check_shapes(points: Array, reference: Array, mask: Array | None) -> tuple[Array, Array]:
+def check_known(argument: str, values: Array, mask: Array | None = None) -> Array:
+    """A factor for results that rest on ``values``: 1, or NaN if they hold NaN, which must not look like nothing.
+
+    Args:
+        argument: what the caller calls the values.
+        values: [N, K] or [K], floats.
+        mask: bool [N], rows that count; the others may hold anything.
+
+    Returns:
+        Scalar in the dtype of the values.
+
+    Raises:
+        ValueError: NaN, where values are known: not inside jit.
+    """
+    unknown = jnp.any(jnp.isnan(values), axis=-1)
+    if mask is not None:
+        unknown = unknown & mask
+    found = jnp.any(unknown)
+    if not isinstance(found, jax.core.Tracer) and bool(found):
+        remedy = ""
+        if values.ndim == 2:
+            row = int(jnp.argmax(unknown))
+            argument, values = f"{argument}[{row}]", values[row]
+            remedy = "Leave the row out; points take mask="
+        check(False, argument=argument, value=values.tolist(), rule="must not be NaN", remedy=remedy)
+    return jnp.where(found, jnp.nan, 1).astype(values.dtype)
+
+
+def _checked(points: Array, reference: Array, mask: Array | None) -> tuple[Array, Array, Array]:
+    """Points and reference in one floating dtype, and the factor of :func:`check_known`."""
     dtype = jnp.result_type(points, reference)
     dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
     points, reference = jnp.asarray(points, dtype), jnp.asarray(reference, dtype)
@@ -88,7 +117,7 @@ def _check_shapes(points: Array, reference: Array, mask: Array | None) -> tuple[
     if mask is not None:
         expected = points.shape[:1]
         check(mask.shape == expected, argument="mask", value=mask.shape, rule=f"must have shape [N] = {expected}")
-    return points, reference
+    return points, reference, check_known("points", points, mask) * check_known("reference", reference)
 
 
 def hypervolume(points: Array, reference: Array, *, mask: Array | None = None) -> Array:
@@ -108,7 +137,8 @@ def hypervolume(points: Array, reference: Array, *, mask: Array | None = None) -
         mask: bool [N], rows that count; all by default. Rows that do not count may hold NaN.
 
     Returns:
-        Scalar, in the product of the units, not negative; NaN, inside jit, if a row that counts holds NaN.
+        Scalar, in the product of the units, not negative; NaN, as the derivative by rows above the reference, if a row
+        that counts holds NaN.
 
     Raises:
         ValueError: shapes do not fit, or a row that counts holds NaN (where values are known: not inside jit).
@@ -121,16 +151,10 @@ def hypervolume(points: Array, reference: Array, *, mask: Array | None = None) -
     >>> float(hypervolume(jnp.array([[3.0, 1.0], [1.0, 2.0]]), jnp.zeros(2)))
     4.0
     """
-    points, reference = _check_shapes(points, reference, mask)
+    points, reference, known = _checked(points, reference, mask)
     if points.shape[0] == 0:
-        return jnp.zeros((), points.dtype)
-    unknown = jnp.any(jnp.isnan(points), axis=1) if mask is None else jnp.any(jnp.isnan(points), axis=1) & mask
-    if not isinstance(unknown, jax.core.Tracer) and bool(jnp.any(unknown)):
-        row = int(jnp.argmax(unknown))
-        check(False, argument=f"points[{row}]", value=points[row].tolist(), rule="must not be NaN",
-              remedy="Leave the row out by mask=")  # fmt: skip
-    volume = _origin_volume(_above_reference(points, reference, mask))
-    return jnp.where(jnp.any(unknown), jnp.asarray(jnp.nan, volume.dtype), volume)
+        return known * 0
+    return known * _origin_volume(_above_reference(points, reference, mask))
 
 
 def hypervolume_improvement(point: Array, points: Array, reference: Array, *, mask: Array | None = None) -> Array:
@@ -143,10 +167,13 @@ def hypervolume_improvement(point: Array, points: Array, reference: Array, *, ma
         point: [K].
         points: [N, K].
         reference: [K].
-        mask: bool [N], rows that count.
+        mask: bool [N], rows that count; the others may hold NaN.
 
     Returns:
-        Scalar, not negative.
+        Scalar, not negative; NaN if the point or a row that counts holds NaN.
+
+    Raises:
+        ValueError: shapes do not fit, or NaN as above (where values are known: not inside jit).
 
     References:
         Lu et al. (2025), arXiv 2509.11452; While et al. (2012), "A fast way of calculating exact hypervolumes".
@@ -155,20 +182,21 @@ def hypervolume_improvement(point: Array, points: Array, reference: Array, *, ma
     >>> float(hypervolume_improvement(jnp.array([2.0, 2.0]), jnp.array([[3.0, 1.0]]), jnp.zeros(2)))
     2.0
     """
-    points, reference = _check_shapes(points, reference, mask)
+    points, reference, known = _checked(points, reference, mask)
     point = jnp.asarray(point, points.dtype)
     check(
         point.shape == reference.shape, argument="point", value=point.shape, rule=f"must have shape {reference.shape}"
     )
+    known = known * check_known("point", point)
     box = _above_reference(point[None, :], reference, None)[0]
     if points.shape[0] == 0:
-        return jnp.prod(box)
+        return known * jnp.prod(box)
     rows = _above_reference(points, reference, mask)
     clipped = jnp.where(rows < box[None, :], rows, box[None, :])
     # Equal in exact arithmetic when covered; rounding must not leave a tiny gain or loss.
     covered = jnp.any(jnp.all(rows >= box[None, :], axis=1))
     gain = jnp.prod(box) - _origin_volume(clipped)
-    return jnp.where(covered, jnp.zeros_like(gain), jnp.maximum(gain, 0))
+    return known * jnp.where(covered, jnp.zeros_like(gain), jnp.maximum(gain, 0))
 
 
 def hypervolume_contributions(points: Array, reference: Array, *, mask: Array | None = None) -> Array:
@@ -179,10 +207,13 @@ def hypervolume_contributions(points: Array, reference: Array, *, mask: Array | 
     Args:
         points: [N, K].
         reference: [K].
-        mask: bool [N], rows that count; the others contribute nothing.
+        mask: bool [N], rows that count; the others contribute nothing and may hold NaN.
 
     Returns:
-        [N], not negative.
+        [N], not negative; NaN in every row that counts if one of them holds NaN.
+
+    Raises:
+        ValueError: shapes do not fit, or NaN as above (where values are known: not inside jit).
 
     References:
         Emmerich and Fonseca (2011), "Computing hypervolume contributions in low dimensions".
@@ -191,7 +222,7 @@ def hypervolume_contributions(points: Array, reference: Array, *, mask: Array | 
     >>> hypervolume_contributions(jnp.array([[3.0, 1.0], [1.0, 2.0]]), jnp.zeros(2)).tolist()
     [2.0, 1.0]
     """
-    points, reference = _check_shapes(points, reference, mask)
+    points, reference, _ = _checked(points, reference, mask)
     num_points = points.shape[0]
     keep = jnp.ones(num_points, bool) if mask is None else jnp.asarray(mask, bool)
     clean = jnp.where(keep[:, None], points, reference[None, :])
@@ -200,4 +231,4 @@ def hypervolume_contributions(points: Array, reference: Array, *, mask: Array | 
     def alone(point: Array, rows: Array) -> Array:
         return hypervolume_improvement(point, clean, reference, mask=rows)
 
-    return jax.vmap(alone)(clean, others)
+    return jnp.where(keep, jax.vmap(alone)(clean, others), 0)

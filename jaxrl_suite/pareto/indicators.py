@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from jaxrl_suite.pareto.hypervolume import check_known
 from jaxrl_suite.types import Array
 
 
@@ -13,10 +14,13 @@ def igd_plus(points: Array, front: Array, *, mask: Array | None = None) -> Array
     Args:
         points: [N, K], larger is better.
         front: [M, K], the known front.
-        mask: bool [N], rows of ``points`` that count.
+        mask: bool [N], rows of ``points`` that count; the others may hold NaN.
 
     Returns:
-        Scalar, not negative; infinite for an empty set.
+        Scalar, not negative; infinite for an empty set; NaN if the front or a row that counts holds NaN.
+
+    Raises:
+        ValueError: NaN as above (where values are known: not inside jit).
 
     References:
         Ishibuchi et al. (2015), "Modified distance calculation in generational distance and inverted generational
@@ -26,12 +30,14 @@ def igd_plus(points: Array, front: Array, *, mask: Array | None = None) -> Array
     >>> float(igd_plus(jnp.array([[1.0, 1.0]]), jnp.array([[1.0, 2.0], [0.5, 0.5]])))
     0.5
     """
+    known = check_known("points", points, mask) * check_known("front", front)
+    points = points if mask is None else jnp.where(mask[:, None], points, 0)
     lack = jnp.maximum(front[:, None, :] - points[None, :, :], 0)
     square = jnp.sum(lack * lack, axis=-1)
     distance = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
     if mask is not None:
         distance = jnp.where(mask[None, :], distance, jnp.inf)
-    return jnp.mean(_least(distance))
+    return known * jnp.mean(_least(distance))
 
 
 def r2(points: Array, weights: Array, ideal: Array, *, mask: Array | None = None) -> Array:
@@ -43,10 +49,13 @@ def r2(points: Array, weights: Array, ideal: Array, *, mask: Array | None = None
         points: [N, K], larger is better.
         weights: [M, K], a spread of weightings.
         ideal: [K], z.
-        mask: bool [N], rows of ``points`` that count.
+        mask: bool [N], rows of ``points`` that count; the others may hold NaN.
 
     Returns:
-        Scalar; infinite for an empty set.
+        Scalar; infinite for an empty set; NaN if a row that counts holds NaN.
+
+    Raises:
+        ValueError: a row that counts holds NaN (where values are known: not inside jit).
 
     References:
         Hansen and Jaszkiewicz (1998); Brockhoff, Wagner and Trautmann (2012), "On the properties of the R2 indicator".
@@ -55,10 +64,12 @@ def r2(points: Array, weights: Array, ideal: Array, *, mask: Array | None = None
     >>> float(r2(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[0.5, 0.5]]), jnp.ones(2)))
     0.5
     """
+    known = check_known("points", points, mask)
+    points = points if mask is None else jnp.where(mask[:, None], points, 0)
     values = jnp.max(weights[:, None, :] * (ideal - points)[None, :, :], axis=-1)
     if mask is not None:
         values = jnp.where(mask[None, :], values, jnp.inf)
-    return jnp.mean(_least(values))
+    return known * jnp.mean(_least(values))
 
 
 def _least(values: Array) -> Array:

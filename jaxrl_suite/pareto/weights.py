@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxrl_suite.config import check
 from jaxrl_suite.pareto.dominance import Archive, archive_insert, init_archive
-from jaxrl_suite.pareto.hypervolume import hypervolume, hypervolume_improvement
+from jaxrl_suite.pareto.hypervolume import check_known, hypervolume, hypervolume_improvement
 from jaxrl_suite.types import Array
 
 
@@ -173,9 +173,9 @@ def hypervolume_gain_weights(
     def step(state: HypervolumeGainState, signals: Signals) -> tuple[HypervolumeGainState, Array]:
         point = _need(signals.objectives, "objectives") / unit
         origin = jnp.where(state.started, state.archive.reference, point)
-        archive, delta, _ = archive_insert(state.archive._replace(reference=origin), point)
+        archive, delta, _ = _insert(state.archive._replace(reference=origin), point)
         gain = jnp.where(state.started, hypervolume_gain(delta), state.gain)
-        return HypervolumeGainState(archive, gain, delta, jnp.ones((), bool)), weights
+        return HypervolumeGainState(archive, gain, delta, state.started | ~jnp.any(jnp.isnan(point))), weights
 
     return WeightRule(init, step, ("objectives",))
 
@@ -297,14 +297,18 @@ def hypervolume_gradient(point: Array, points: Array, reference: Array, *, mask:
         point: [K].
         points: [N, K].
         reference: [K].
-        mask: bool [N], rows that count.
+        mask: bool [N], rows that count; the others may hold NaN.
 
     Returns:
-        [K], not negative; zero where the set covers the point.
+        [K], not negative; zero where the set covers the point; NaN if the point or a row that counts holds NaN.
+
+    Raises:
+        ValueError: NaN as above (where values are known: not inside jit).
 
     References:
         Emmerich and Deutz (2014), "Time complexity and zeros of the hypervolume indicator gradient field".
     """
+    known = check_known("point", point) * check_known("points", points, mask) * check_known("reference", reference)
     rows = jnp.ones(points.shape[0], bool) if mask is None else jnp.asarray(mask, bool)
     inside = jnp.all(point > reference)
     facets = []
@@ -312,7 +316,11 @@ def hypervolume_gradient(point: Array, points: Array, reference: Array, *, mask:
         rest = np.array([other for other in range(point.shape[0]) if other != axis], dtype=np.int32)
         higher = rows & (points[:, axis] >= point[axis])
         facets.append(hypervolume_improvement(point[rest], points[:, rest], reference[rest], mask=higher))
-    return jnp.where(inside, jnp.stack(facets), 0)
+    return known * jnp.where(inside, jnp.stack(facets), 0)
+
+
+# Rules pass NaN on instead of raising: whoever trains decides what a step without objectives does.
+_insert, _slope = jax.jit(archive_insert), jax.jit(hypervolume_gradient)
 
 
 def hypervolume_gradient_weights(
@@ -343,12 +351,12 @@ def hypervolume_gradient_weights(
     def step(state: Archive, signals: Signals) -> tuple[Archive, Array]:
         point = _need(signals.objectives, "objectives").astype(weights.dtype)
         members, mask = (state.points, state.mask) if front is None else (jnp.asarray(front, weights.dtype), None)
-        slope = hypervolume_gradient(point, members, reference, mask=mask)
+        slope = _slope(point, members, reference, mask=mask)
         total = jnp.sum(slope)
-        alive = total > 0
-        chosen = jnp.where(alive, slope / jnp.where(alive, total, 1), weights)
+        covered = total == 0
+        chosen = jnp.where(covered, weights, slope / jnp.where(covered, 1, total))
         if front is None:
-            state = archive_insert(state, jax.lax.stop_gradient(point))[0]
+            state = _insert(state, jax.lax.stop_gradient(point))[0]
         return state, (1 - mixing) * chosen + mixing * weights
 
     return WeightRule(lambda: init_archive(capacity if front is None else 1, reference), step, ("objectives",))

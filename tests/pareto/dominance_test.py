@@ -21,6 +21,24 @@ def test_non_dominated_equals_the_definition():
     np.testing.assert_array_equal(non_dominated(jnp.asarray(garbage), jnp.asarray(mask)), expected)
 
 
+def test_non_dominated_refuses_nan_that_counts():
+    points = jnp.array([[1.0, 2.0], [jnp.nan, 5.0]])
+    with pytest.raises(ValueError, match=r"points\[1\].*must not be NaN"):
+        non_dominated(points)
+    assert jax.jit(non_dominated)(points).tolist() == [True, False]
+
+
+def test_a_point_with_nan_is_an_error_or_a_gain_of_nan_and_never_enters():
+    archive, *_ = insert(init_archive(2, jnp.zeros(2)), jnp.array([1.0, 2.0]), 0)
+    with pytest.raises(ValueError, match=r"point=.*must not be NaN"):
+        archive_insert(archive, jnp.array([3.0, jnp.nan]))
+    same, gain, overflow = insert(archive, jnp.array([3.0, jnp.nan]), 1)
+    assert np.isnan(gain) and not bool(overflow)
+    jax.tree.map(np.testing.assert_array_equal, same, archive)
+    with pytest.raises(ValueError, match=r"reference=.*must not be NaN"):
+        init_archive(2, jnp.array([0.0, jnp.nan]))
+
+
 def test_gains_telescope(x64):
     """Property 3: gains are not negative, zero for dominated and repeated points, and sum to the final volume."""
     rng = np.random.default_rng(0)

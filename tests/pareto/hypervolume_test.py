@@ -122,6 +122,40 @@ def test_gradient_equals_differences_of_the_oracle(num_objectives, x64):
     assert np.all(gradient[4:] == 0)
 
 
+def test_gradient_in_space_equals_differences_of_moocore(x64):
+    """Property 5 for fronts that take several blocks of the walk, some points dominated, some below the reference."""
+    points = np.random.default_rng(2).normal(size=(40, 3)) + 0.4
+    points[:30] = np.abs(points[:30]) / np.linalg.norm(points[:30], axis=1, keepdims=True)
+    expected, step = np.zeros_like(points), 1e-6
+    for index in np.ndindex(points.shape):
+        ends = []
+        for sign in (1, -1):
+            shifted = points.copy()
+            shifted[index] += sign * step
+            ends.append(moocore.hypervolume(shifted, ref=np.zeros(3), maximise=True))
+        expected[index] = (ends[0] - ends[1]) / (2 * step)
+    gradient = np.asarray(jax.jit(jax.grad(hypervolume))(points, np.zeros(3)))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-8)
+    assert 0 < np.sum(np.all(gradient == 0, axis=1)) < 40
+
+
+@pytest.mark.parametrize("num_objectives", [2, 3, 4])
+def test_facets_add_up_to_shadow_and_volume(num_objectives, x64):
+    """A common shift along an axis grows the volume by the shadow on the other axes, a common scaling by the volume:
+    at ties, duplicates and masks too, where facets are shared and differences do not apply."""
+    origin = np.zeros(num_objectives)
+    for name, points, mask in cases(num_objectives):
+        gradient = np.asarray(slope(points, origin, mask))
+        live = mask & (np.nan_to_num(points) > 0).all(1)
+        assert np.all(gradient >= 0) and np.all(gradient[~live] == 0), name
+        total = reference.hypervolume(points[live], origin) if num_objectives < 4 else volume(points, origin, mask)
+        for axis in range(num_objectives):
+            rest = np.delete(points[live], axis, 1)
+            shadow = moocore.hypervolume(rest, ref=origin[1:], maximise=True) if live.any() else 0
+            assert gradient[:, axis].sum() == pytest.approx(shadow, rel=1e-12, abs=1e-12), name
+            assert gradient[live, axis] @ points[live, axis] == pytest.approx(float(total), rel=1e-12, abs=1e-12), name
+
+
 def test_gradient_is_the_facet_in_two_dimensions(x64):
     """Property 5: dHV/dx_i = y_i - y_next and dHV/dy_i = x_i - x_previous, sorted by x."""
     points = np.array([[3.0, 1.0], [2.0, 2.0], [0.5, 4.0]])
@@ -148,6 +182,55 @@ def test_nan_that_counts_is_an_error_or_nan_and_never_a_smaller_volume():
     assert float(volume(points, jnp.array([True, False]))) == 3.0
     batch = jnp.stack([points, jnp.array([[3.0, 1.0], [1.0, 2.0]])])
     np.testing.assert_array_equal(jax.vmap(lambda p: hypervolume(p, jnp.zeros(2)))(batch), [np.nan, 4.0])
+
+
+def test_nan_that_counts_reaches_the_derivative():
+    """A weight rule that reads derivatives must not take those of the other points for the truth."""
+    points = jnp.array([[3.0, 1.0], [jnp.nan, 2.0]])
+    gradient = jax.jit(jax.grad(lambda p: hypervolume(p, jnp.zeros(2))))(points)
+    assert np.isnan(gradient[0]).all()
+
+
+IN_THE_SET = {
+    "contributions": lambda points, mask: hypervolume_contributions(points, jnp.zeros(2), mask=mask),
+    "improvement": lambda points, mask: hypervolume_improvement(jnp.full(2, 1.5), points, jnp.zeros(2), mask=mask),
+    "gradient": lambda points, mask: hypervolume_gradient(jnp.full(2, 1.5), points, jnp.zeros(2), mask=mask),
+}
+
+
+@pytest.mark.parametrize("name", IN_THE_SET)
+def test_nan_in_the_set_is_an_error_or_nan(name):
+    function = IN_THE_SET[name]
+    points, mask = jnp.array([[3.0, 1.0], [jnp.nan, 2.0], [1.0, 2.0]]), jnp.array([True, False, True])
+    with pytest.raises(ValueError, match=r"points\[1\].*NaN.*mask="):
+        function(points, mask | True)
+    assert np.isnan(jax.jit(function)(points, mask | True)).all()
+    expected = function(jnp.nan_to_num(points), mask)
+    np.testing.assert_array_equal(function(points, mask), expected)
+    np.testing.assert_array_equal(jax.jit(function)(points, mask), expected)
+    assert np.isfinite(expected).all()
+
+
+def test_masked_rows_contribute_nothing_beside_nan():
+    points, mask = jnp.array([[3.0, 1.0], [jnp.nan, 2.0], [1.0, 2.0]]), jnp.array([True, True, False])
+    shares = jax.jit(lambda points: hypervolume_contributions(points, jnp.zeros(2), mask=mask))(points)
+    np.testing.assert_array_equal(shares, [np.nan, np.nan, 0.0])
+
+
+@pytest.mark.parametrize("function", [hypervolume_improvement, hypervolume_gradient])
+@pytest.mark.parametrize("number", [0, 1])
+def test_nan_in_the_point_is_an_error_or_nan(function, number):
+    points, point = jnp.ones((number, 2)), jnp.array([2.0, jnp.nan])
+    with pytest.raises(ValueError, match=r"point=\[2.0, nan\]: must not be NaN"):
+        function(point, points, jnp.zeros(2))
+    assert np.isnan(jax.jit(function)(point, points, jnp.zeros(2))).all()
+
+
+def test_nan_in_the_reference_is_an_error_or_nan():
+    origin = jnp.array([0.0, jnp.nan])
+    with pytest.raises(ValueError, match=r"reference=.*must not be NaN"):
+        hypervolume(jnp.ones((2, 2)), origin)
+    assert np.isnan(jax.jit(hypervolume)(jnp.ones((2, 2)), origin))
 
 
 def test_masked_nan_reaches_no_derivative():

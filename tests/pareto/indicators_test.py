@@ -27,6 +27,25 @@ def test_r2_converges_to_moocore(x64):
     assert float(pareto.r2(points, weights, np.ones(2) * 1.1)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "indicator",
+    [
+        lambda points, mask: pareto.igd_plus(points, jnp.array([[1.0, 2.0]]), mask=mask),
+        lambda points, mask: pareto.r2(points, jnp.array([[0.5, 0.5]]), jnp.full(2, 4.0), mask=mask),
+    ],
+    ids=["igd_plus", "r2"],
+)
+def test_nan_that_counts_is_an_error_or_nan(indicator):
+    """NaN must not look like a distance of nothing, and masked rows reach no derivative."""
+    points, mask = jnp.array([[0.5, 1.0], [jnp.nan, 2.0]]), jnp.array([True, False])
+    with pytest.raises(ValueError, match=r"points\[1\].*must not be NaN"):
+        indicator(points, mask | True)
+    assert np.isnan(jax.jit(indicator)(points, mask | True))
+    value, slope = jax.jit(jax.value_and_grad(indicator))(points, mask)
+    assert float(value) == float(indicator(points[:1], mask[:1])) > 0
+    assert np.isfinite(slope).all() and slope[0].any() and not slope[1].any()
+
+
 def test_scalarisers_by_hand(x64):
     objectives, weights, ideal = jnp.array([0.5, 0.2]), jnp.array([0.25, 0.75]), jnp.ones(2)
     assert float(pareto.linear(objectives, weights)) == pytest.approx(0.275)

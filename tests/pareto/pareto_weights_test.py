@@ -312,6 +312,25 @@ def test_hypervolume_gradient_falls_back_when_covered():
     np.testing.assert_allclose(covered, weights)
 
 
+def test_objectives_that_are_nan_show_in_gain_and_weights_and_not_in_the_archive():
+    """Rules raise nothing: the trainer keeps the old weights where objectives are not known."""
+    weights, nan = jnp.array([0.25, 0.75]), Signals(objectives=jnp.array([jnp.nan, 1.0]))
+    here, there = Signals(objectives=jnp.array([1.0, 1.0])), Signals(objectives=jnp.array([2.0, 2.0]))
+    gain = pareto.hypervolume_gain_weights(weights, capacity=2)
+    state, _ = gain.step(gain.init(), nan)
+    assert not bool(state.started)
+    state, _ = gain.step(state, here)  # the reference
+    state, _ = gain.step(state, nan)
+    assert np.isnan(pareto.weight_gain(state)) and np.isnan(state.delta)
+    state, _ = gain.step(state, there)
+    assert float(state.delta) == 1.0 and state.archive.mask.tolist() == [True, False]
+    slope = pareto.hypervolume_gradient_weights(weights, jnp.zeros(2), capacity=2)
+    kept, _ = slope.step(slope.init(), here)
+    state, used = slope.step(kept, nan)
+    assert np.isnan(used).all()
+    np.testing.assert_array_equal(state.points, kept.points)
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [([0.5, 0.6], "sum to one"), ([1.5, -0.5], "non-negative"), ([jnp.nan, 1.0], "non-negative"), ([[1.0]], "shape")],
