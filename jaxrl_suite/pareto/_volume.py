@@ -10,8 +10,20 @@ compare-exchanges, which needs no gather; its recorded exchanges, run backwards,
   the points that reach it, ``S[l] = sum_i (x_i - x_(i+1)) max {h_j: j <= i, j reaches l}``, and V is the sum of S times
   the widths of the cells: N^(K-1) steps of four vector operations.
 
-The derivative along a cell axis is the area of an exposed facet: a difference of neighbouring S, times the other
-widths. One walk yields the derivatives along all its cell axes, so that two walks (three for K = 3) yield all of them.
+The derivative along an axis is the area of an exposed facet. From K = 4 it is a difference of neighbouring S along a
+cell axis, times the other widths; one walk yields the derivatives along all its cell axes, so that two walks yield all.
+
+For K = 3 the facets are walked one by one, without cells. Seen along axis z, point i exposes ``[0, x_i] x [0, y_i]``
+less what the points that precede it along z (larger z_j) cover of that. With the points by falling x, let
+``t_ij = max {y_k: k <= j, k precedes i along z}`` be the height that they reach over the strip between x_(j+1) and x_j;
+those with larger x reach over all strips below x_i, hence
+
+``dV/dz_i = sum_{j >= i} (x_j - x_(j+1)) max(0, y_i - t_ij)``.
+
+The sum has no negative terms, needs no sorted cells, and one chain serves two axes: by falling z, (height y, mark x)
+yields dV/dx and (height x, mark y) dV/dy. So two sorts and three walks of N^2 steps yield the gradient, and the volume
+is ``V = sum_i z_i dV/dz_i``, since V grows in proportion to the unit of z. Among equal coordinates the earlier in the
+chain precedes: each piece of a facet that points share belongs to one of them, which makes it a subgradient.
 
 References: Fleischer (2003), "The measure of Pareto optima"; Emmerich and Deutz (2014), "Time complexity and zeros of
 the hypervolume indicator gradient field"; Batcher (1968), "Sorting networks and their applications".
@@ -101,6 +113,16 @@ def _greater(a: Array, b: Array) -> Array:
     return jnp.where(a > b, a, b)  # faster than jnp.maximum on a CPU, which must pass NaN on
 
 
+def _walk(insert: Callable[[Array, Array], Array], zeros: Array, num_live: Array) -> Array:
+    """Inserts the points block after block; ``insert`` takes and gives pairs (height, sum), which start as zeros.
+
+    The pairs are complex numbers: of two arrays XLA would make two loops on a CPU, and walk all heights again for the
+    second.
+    """
+    block = min(_BLOCK, zeros.shape[-2])
+    return jax.lax.fori_loop(0, (num_live + (block - 1)) // block, insert, jax.lax.complex(zeros, zeros))
+
+
 def _area(x: Array, y: Array) -> Array:
     """Area [lanes] under the points [N, lanes] of one tile."""
     (x, y), _ = _sort(x, y)
@@ -117,6 +139,38 @@ def _area_gradient(x: Array, y: Array) -> tuple[Array, Array, Array]:
     following = jnp.concatenate([corner[1:], jnp.zeros_like(corner[:1])], axis=0)
     along_y = jnp.where(along_x > 0, x - jax.lax.cummax(following, axis=0, reverse=True), 0)
     return jnp.sum(_drop(x) * best, axis=0), _unsort(along_x, swaps), _unsort(along_y, swaps)
+
+
+def _facets(chain: Array, height: Array, mark: Array, num_live: Array) -> Array:
+    """Derivatives [N, lanes] along the axis of ``mark``; points [N, lanes] of one tile by falling ``chain``."""
+    number = chain.shape[0]
+    block = min(_BLOCK, number)
+    steps, index = _drop(chain), jnp.arange(number)[:, None]
+    above = jnp.nextafter(mark, jnp.full_like(mark, jnp.inf))
+
+    def insert(step: Array, carry: Array) -> Array:
+        top, total = jax.lax.real(carry), jax.lax.imag(carry)
+        cut = lambda values: jax.lax.dynamic_slice_in_dim(values, step * block, block)  # noqa: E731
+        widths, heights, marks = cut(steps), cut(height), cut(mark)
+        for i in range(block):
+            later = index > step * block + i
+            precedes = marks[i] >= jnp.where(later, mark, above)  # of equals, the earlier; never the point itself
+            top = _greater(jnp.where(precedes, heights[i], 0), top)
+            total = total + jnp.where(later, 0, widths[i]) * _greater(height - top, jnp.zeros_like(top))
+        return jax.lax.complex(top, total)
+
+    return jax.lax.imag(_walk(insert, jnp.zeros_like(height), num_live))
+
+
+def _space_gradient(points: Array, num_live: Array) -> tuple[Array, Array, Array, Array]:
+    """Volume [lanes] and its derivatives [N, lanes] along the axes of one tile [3, N, lanes]."""
+    x, y, z = points
+    (chain, first, second), swaps = _sort(z, x, y)
+    along_x = _unsort(_facets(chain, second, first, num_live), swaps)
+    along_y = _unsort(_facets(chain, first, second, num_live), swaps)
+    (chain, first, second), swaps = _sort(x, y, z)
+    along_z = _unsort(_facets(chain, first, second, num_live), swaps)
+    return jnp.sum(z * along_z, axis=0), along_x, along_y, along_z
 
 
 class _CellAxis(NamedTuple):
@@ -183,10 +237,8 @@ def _cells(tile: _Tile, num_live: Array) -> Array:
             total = total + widths[i] * top
         return jax.lax.complex(top, total)
 
-    # One array of pairs: of two arrays XLA would make two loops on a CPU, and walk all heights again for the second.
     zeros = jnp.zeros((*(number for _ in tile.axes), lanes), tile.height.dtype)
-    start = jax.lax.complex(zeros, zeros)
-    return jax.lax.imag(jax.lax.fori_loop(0, (num_live + (block - 1)) // block, insert, start))
+    return jax.lax.imag(_walk(insert, zeros, num_live))
 
 
 def _integrate(cells: Array, tile: _Tile, keep: int | None = None) -> Array:
@@ -250,22 +302,25 @@ def volume_and_gradient(points: Array) -> tuple[Array, Array]:
         highest = (jnp.arange(number)[:, None] == best[None, :]).astype(points.dtype)
         return jnp.max(points[0], axis=0), highest[None]
     tiles = _tiles(points, _lanes(batch))
-    if num_axes == 2:
-        total, *partial = jax.vmap(_area_gradient)(tiles[0], tiles[1])
+    num_live = _num_live(tiles[0])
+    if num_axes <= 3:
+        if num_axes == 2:
+            total, *partial = jax.vmap(_area_gradient)(*tiles)
+        else:
+            total, *partial = jax.vmap(_space_gradient, in_axes=(1, None))(tiles, num_live)
         return total.reshape(-1)[:batch], jnp.stack([_untile(part, number, batch) for part in partial])
     gradient: list[Array] = [points[0]] * num_axes
     total = points[0, 0]
-    num_live = _num_live(tiles[0])
 
     def facets(tile: _Tile) -> tuple[Array, ...]:
         cells = _cells(tile, num_live)
         return _integrate(cells, tile), *(_integrate(cells, tile, axis) for axis in range(len(tile.axes)))
 
     # Each walk yields the derivatives along its last K - 2 coordinates.
-    for shift in range(3) if num_axes == 3 else (0, 2):
+    for shift in (0, 2):
         order = [(axis + shift) % num_axes for axis in range(num_axes)]
         tile, swaps, level_swaps = jax.vmap(_prepare_exactly, in_axes=1)(jnp.stack([tiles[axis] for axis in order]))
-        volumes, *parts = _map_tiles(facets, num_axes > 3)(tile)
+        volumes, *parts = jax.lax.map(facets, tile)
         total = volumes.reshape(-1)[:batch]
         for axis, part, back in zip(order[2:], parts, level_swaps, strict=True):
             restored = jax.vmap(lambda p, b, s: _unsort(_unsort(p, b), s))(part, back, swaps)
