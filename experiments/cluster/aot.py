@@ -20,8 +20,9 @@ class Compiled(NamedTuple):
         memory_bytes: of one device: arguments, outputs that are not arguments' memory, temporaries, program.
         state_bytes: arguments of one device by kind, where known.
         temporary_bytes: temporaries of one device by kind, as far as the loops of the compiled text tell.
-        traffic: collectives by kind and group: operations, runs, bytes of a device, whether a group leaves its node,
-            and for the train step the bytes that a formula gives them.
+        traffic: collectives by kind and group: operations, runs, bytes of a device, those of them that the compiler
+            repeats to save memory, whether a group leaves its node, and for the train step the bytes that a formula
+            gives them.
         unknown_runs: collectives in loops whose length is not in the compiled text; counted once.
         flops: counted from the jaxpr, over all devices; 0 where not counted.
         product_bytes: what those products read and write, over all devices.
@@ -145,6 +146,7 @@ def _traffic_row(row: dict[str, Any], node_size: int) -> dict[str, Any]:
         "operations": row["operations"],
         "runs": row["runs"],
         "bytes": row["bytes"],
+        "repeated": row["repeated"],
     }
 
 
@@ -202,8 +204,13 @@ def _beside_formula(rows: list[dict[str, Any]], config: Any, folding: Any, **sha
         return rows
     total: dict[Any, float] = {}
     for row in rows:
-        total[key_of(row)] = total.get(key_of(row), 0.0) + row["bytes"]
-    return [{**row, "formula": formula.get(key_of(row), 0.0) * row["bytes"] / total[key_of(row)]} for row in rows]
+        total[key_of(row)] = total.get(key_of(row), 0.0) + once(row)
+    return [{**row, "formula": formula.get(key_of(row), 0.0) * once(row) / total[key_of(row)]} for row in rows]
+
+
+def once(row: dict[str, Any]) -> float:
+    """Bytes of a row of the report without what the compiler fetches again to save memory; older files lack those."""
+    return row["bytes"] - row.get("repeated", 0.0)
 
 
 def _local_bytes(shapes: Any) -> int:

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from experiments.cluster.aot import Compiled
+from experiments.cluster.aot import Compiled, once
 from experiments.cluster.plan_report import print_table
 from jaxrl_suite.moe.cost_roofline import mfu_bound, roofline, sent_by_link, sent_in_all
 from jaxrl_suite.moe.hardware import Hardware
 
 _REMEDY = "Try --remat=full, more stages (PP), more expert ranks (EP), or --sharding=fsdp"
+_SHORT = "not in the formula (on GPUs XLA_FLAGS=--xla_gpu_memory_limit_slop_factor=125 raises its limit, by default 95)"
 
 
 def print_memory(found: Compiled, limit: float) -> None:
@@ -40,6 +41,9 @@ def print_traffic(found: Compiled) -> None:
     if rows:
         print("\nsent by a device in a step:")
         print_table(rows, (*_TRAFFIC_COLUMNS, *(["of the formula"] if len(rows[0]) > len(_TRAFFIC_COLUMNS) else [])))
+    repeated = sum(row.get("repeated", 0.0) for row in found.traffic)
+    if repeated >= 1e6:
+        print(f"{repeated / 1e9:.3f} GB of it the compiler sends again, since it takes memory for short; {_SHORT}")
     if found.unknown_runs:
         print(f"{found.unknown_runs} collectives lie in loops whose length is not in the compiled text: counted once")
 
@@ -48,7 +52,7 @@ def _traffic_cells(row: dict[str, Any]) -> list[str]:
     first = " ".join(map(str, row["first_group"])) + (" …" if row["group_size"] > 8 else "")
     leaving, sent = f"{row['groups_leaving_node']} of {row['num_groups']}", sent_by_link(row)
     size = [f"{sent.node / 1e9:.3f}", f"{sent.network / 1e9:.3f}"]
-    formula = [f"{row['bytes'] / row['formula']:.3f}" if row["formula"] else "-"] if "formula" in row else []
+    formula = [f"{once(row) / row['formula']:.3f}" if row["formula"] else "-"] if "formula" in row else []
     return [row["kind"], str(row["group_size"]), first, leaving, str(row["runs"]), *size, *formula]
 
 

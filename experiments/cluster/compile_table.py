@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from experiments.cluster.aot import once
 from experiments.cluster.models import PAPER_NAMES
 from experiments.cluster.paper_tables import METHODS, Row, table_3, table_4, table_5
 from experiments.cluster.plan_report import print_table
@@ -142,6 +143,15 @@ def moved(line: dict[str, Any]) -> Link:
     return sent_in_all(line["traffic"])
 
 
+def over_formula(line: dict[str, Any]) -> list[tuple[str, float]]:
+    """Name of each collective of a row that has a formula, and its bytes over it."""
+    return [
+        (f"{line['name']}, {row['kind']} of {row['group_size']}", once(row) / row["formula"])
+        for row in line.get("traffic", ())
+        if row.get("formula")
+    ]
+
+
 def pairs(lines: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Compiled rows of one cell of the tables, (unfolded, folded)."""
     cells: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
@@ -201,6 +211,11 @@ def print_report(lines: Sequence[dict[str, Any]]) -> None:
         "\nMFU <= holds for this program at peak rates: recomputation, idle ticks, attention in blocks whose scores "
         "pass through device memory. What the paper measured comes from other kernels."
     )
+    compared = [ratio for line in lines for ratio in over_formula(line)]
+    apart = [ratio for ratio in compared if abs(ratio[1] - 1) > 0.01]
+    print(f"\nBytes over their formula: {len(compared) - len(apart)} of {len(compared)} collectives within 1 %.")
+    for name, ratio in apart:
+        print(f"   {name}: {ratio:.3f}")
     print("\nBytes of one device in a step. Folded beside unfolded (InfiniBand GB, GB of memory):")
     for plain, folded in pairs(lines):
         before, after = moved(plain), moved(folded)

@@ -1,13 +1,15 @@
 """Bytes of every collective of the train step by formula, to hold beside what the compiler put into the program."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from jaxrl_suite.lm import parameter_shapes
+from jaxrl_suite.moe.atoms import groups_of
 from jaxrl_suite.moe.capacity import expert_capacity
 from jaxrl_suite.moe.config import MoEConfig
 from jaxrl_suite.moe.folding import Folding
-from jaxrl_suite.moe.partition import is_multiplied, logical_axes, placements
+from jaxrl_suite.moe.partition import Placement, is_multiplied, logical_axes, placements
 from jaxrl_suite.moe.pipeline import num_ticks
 
 Key = tuple[str, tuple[int, ...]]  # kind of collective, first eight ranks of its first group; a sorted pair
@@ -33,11 +35,14 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
         ETP  (ETP-1) (F + 1) l E C D gathered and as much scattered
         PP   A / TP forward and as much backward
 
-    and each step once gathers the stored weights (matrices in the dtype of products, the others in their own), scatters
-    their gradients, and sums the gradients of the two tables over the stages.
+    Each step gathers the stored weights and scatters their gradients: with ZeRO-1 once, matrices in the dtype of
+    products and all else as stored; with FSDP as stored, at each micro-batch, those of layers as often as these run
+    forward. Gradients of weights that no dimension splits are summed over the data ranks, those of the two tables over
+    the stages besides.
 
     Raises:
-        ValueError: dispatch, schedule, sharding or context kernel other than drop_pad, 1f1b, zero1 and ring.
+        ValueError: dispatch, schedule, sharding or context kernel other than drop_pad, 1f1b, zero1 (without a pipeline
+            also fsdp) and ring.
     """
     _check(config, folding)
     model, stages = config.model, folding.pp
@@ -70,18 +75,18 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
     add("all-to-all", "ep", 2 * copies * (folding.ep - 1) / folding.ep)
     for kind in ("all-gather", "reduce-scatter"):
         add(kind, "etp", copies * (folding.etp - 1))
-    add("collective-permute", "pp", 2 * ticks * whole / folding.tp * wide)
-    for (kind, role), size in _weights(config, folding, wide).items():
-        add(kind, role, size)
-    tables = 2 * model.vocab_size * model.width * 4 / folding.tp
-    add("all-reduce", "pp", 2 * tables * (stages - 1) / stages)
+    sends = 2 * ticks - (stages == 2)  # the last tick's gradient is for nobody; a loop of one tick drops it
+    add("collective-permute", "pp", sends * whole / folding.tp * wide)
+    for path, place in placements(config, folding).items():
+        for kind, role, size in _of_weight(path, place, config, folding, wide):
+            add(kind, role, size)
     largest = max(sent.values(), default=0.0)
     return {key: size for key, size in sent.items() if size > 1e-3 * largest}
 
 
 def _check(config: MoEConfig, folding: Folding) -> None:
-    wanted = {"dispatch": ("drop_pad",), "sharding": ("zero1",), "remat": ("none", "full")}
-    wanted |= {"schedule": ("1f1b",)} if folding.pp > 1 else {}
+    wanted = {"dispatch": ("drop_pad",), "sharding": ("zero1", "fsdp"), "remat": ("none", "full")}
+    wanted |= {"schedule": ("1f1b",), "sharding": ("zero1",)} if folding.pp > 1 else {}
     wanted |= {"context": ("ring",)} if folding.cp > 1 else {}
     for name, allowed in wanted.items():
         if getattr(config, name) not in allowed:
@@ -89,24 +94,38 @@ def _check(config: MoEConfig, folding: Folding) -> None:
 
 
 def _groups(folding: Folding, role: str) -> list[list[int]]:
-    if role != "dense":
-        return folding.groups(role)
-    size = folding.tp * folding.cp * folding.dp
-    return [list(range(first, size, folding.tp)) for first in range(folding.tp)]
+    """Groups of one of the seven roles, of all data ranks ("dense"), or of whole stages ("stage")."""
+    data = folding.cp * folding.dp
+    if role == "dense":
+        return groups_of(1, [folding.tp, data, folding.pp])
+    return groups_of(0, [folding.tp * data, folding.pp]) if role == "stage" else folding.groups(role)
 
 
-def _weights(config: MoEConfig, folding: Folding, wide: int) -> dict[tuple[str, str], float]:
-    """Bytes of float32 weights that a device gathers from others in a step, and of gradients that it scatters."""
-    shapes = parameter_shapes(config.model)
-    sizes: dict[tuple[str, str], float] = {}
-    for path, place in placements(config, folding).items():
-        if not place.gather:
-            continue
-        axes = logical_axes(path, config.model, folding.tp)
-        local = math.prod(shapes[path]) / math.prod(getattr(folding, axis) for axis in axes if axis)
-        role = "edp" if place.is_expert else "dense"
-        degree = folding.edp if place.is_expert else folding.dp * folding.cp
-        numbers = local * (degree - 1) / degree
-        for kind, size in (("all-gather", wide if is_multiplied(path) else 4), ("reduce-scatter", 4)):
-            sizes[kind, role] = sizes.get((kind, role), 0.0) + size * numbers
-    return sizes
+def _of_weight(
+    path: str, place: Placement, config: MoEConfig, folding: Folding, wide: int
+) -> Iterator[tuple[str, str, float]]:
+    """Kind, role and bytes of what a device sends for one float32 weight in a step."""
+    shape = parameter_shapes(config.model)[path]
+    axes = [axis for axis in logical_axes(path, config.model, folding.tp) if axis]
+    local = math.prod(shape) / math.prod(getattr(folding, axis) for axis in axes)
+    role, degree = ("edp", folding.edp) if place.is_expert else ("dense", folding.dp * folding.cp)
+    share = (degree - 1) / degree
+    if place.gather:
+        forth, back = _turns(path, config)
+        narrow = config.sharding == "zero1" and is_multiplied(path)
+        yield "all-gather", role, forth * share * local * (wide if narrow else 4)
+        yield "reduce-scatter", role, back * share * local * 4
+    else:
+        role = role if place.is_expert or folding.tp == 1 or "tp" in axes else "stage"
+        size = len(_groups(folding, role)[0])
+        yield "all-reduce", role, 2 * (size - 1) / size * local * 4
+    if "pp" not in axes:  # the same on all stages
+        yield "all-reduce", "pp", 2 * (folding.pp - 1) / folding.pp * local * 4
+
+
+def _turns(path: str, config: MoEConfig) -> tuple[int, int]:
+    """How often a step gathers a weight and scatters its gradient."""
+    if config.sharding == "zero1":
+        return 1, 1
+    again = path.startswith("layers/") and config.remat == "full"
+    return config.num_microbatches * (2 if again else 1), config.num_microbatches

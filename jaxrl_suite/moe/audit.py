@@ -106,16 +106,24 @@ def audit(compiled: Any) -> list[Collective]:
 
 
 def summarize(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
-    """Totals by kind and groups: operations, runs and bytes on the wire of one device, largest first."""
+    """Totals by kind and groups: operations, runs and bytes on the wire of one device, largest first.
+
+    ``repeated`` are those of the bytes that only the compiler asks for: short of memory, it drops what a collective
+    brought and fetches it again, under the old name with ``.remat`` behind.
+    """
+    fetched: set[str] = set()
     totals: dict[tuple[str, tuple[Group, ...]], dict[str, Any]] = {}
     for item in collectives:
         row = totals.setdefault(
             (item.kind, item.groups),
-            {"kind": item.kind, "groups": item.groups, "operations": 0, "runs": 0, "bytes": 0.0},
+            {"kind": item.kind, "groups": item.groups, "operations": 0, "runs": 0, "bytes": 0.0, "repeated": 0.0},
         )
         row["operations"] += 1
         row["runs"] += item.runs or 1
-        row["bytes"] += item.wire_bytes() * (item.runs or 1)
+        size, origin = item.wire_bytes() * (item.runs or 1), item.name.partition(".remat")[0]
+        row["bytes"] += size
+        row["repeated"] += size if origin in fetched else 0.0
+        fetched.add(origin)
     return sorted(totals.values(), key=lambda row: -row["bytes"])
 
 

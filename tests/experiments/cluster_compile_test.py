@@ -15,13 +15,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from experiments.cluster import compile as compile_command
 from experiments.cluster import compile_report, compile_table, kernels
 from experiments.cluster.abstract_step import abstract_batch, abstract_hparams, abstract_state, donating_step
-from experiments.cluster.aot import Compiled, compile_for, compile_named, compile_train_step, shrunk
+from experiments.cluster.aot import Compiled, compile_for, compile_named, compile_train_step, once, shrunk
 from experiments.cluster.confirm import confirm, step_of
 from experiments.cluster.declared import declared_flops
 from experiments.cluster.declared_traffic import declared_traffic, key_of
 from experiments.cluster.models import MODELS
 from jaxrl_suite.lm import named_config
-from jaxrl_suite.moe.audit import audit, carried_bytes
+from jaxrl_suite.moe.audit import audit, carried_bytes, summarize
 from jaxrl_suite.moe.config import MoEConfig
 from jaxrl_suite.moe.cost_flops import jaxpr_flops
 from jaxrl_suite.moe.cost_model import Workload
@@ -38,6 +38,7 @@ from jaxrl_suite.moe.planner import plan
     [
         ("attention=tp2.cp2 experts=ep2 pipeline=2", {"num_microbatches": 4, "schedule": "1f1b", "remat": "full"}),
         ("attention=tp2 experts=etp2.ep2", {"remat": "none", "num_microbatches": 1}),
+        ("attention=tp2 experts=etp2.ep2", {"sharding": "fsdp", "num_microbatches": 1, "remat": "full"}),
     ],
 )
 def test_every_collective_sends_what_the_formula_says(text, changes):
@@ -48,9 +49,8 @@ def test_every_collective_sends_what_the_formula_says(text, changes):
     folding = Folding.parse(text, 8)
     model = named_config("mixtral-8x7b", num_layers=4, width=64, num_heads=4, num_kv_heads=2, head_dim=64,
                          ffn_width=96, vocab_size=4096, num_experts=4)  # fmt: skip
-    config = MoEConfig(
-        model=model, dispatch="drop_pad", capacity_factor=1.0, context="ring", sharding="zero1", **changes
-    )
+    options = {"dispatch": "drop_pad", "capacity_factor": 1.0, "context": "ring", "sharding": "zero1"}
+    config = MoEConfig(model=model, **{**options, **changes})
     shape = {"sequence": 256, "global_batch": folding.dp * config.num_microbatches}
     found = compile_train_step(config, folding, jax.devices()[:8], platform="cpu", node_size=4, **shape)
     formula = declared_traffic(config, folding, **shape)
@@ -58,7 +58,7 @@ def test_every_collective_sends_what_the_formula_says(text, changes):
     for row in found.traffic:
         key = key_of(row)
         assert key in formula or row["bytes"] < 0.02 * max(formula.values()), row
-        sent[key] = sent.get(key, 0.0) + row["bytes"]
+        sent[key] = sent.get(key, 0.0) + once(row)
     for key, size in formula.items():
         assert sent[key] == pytest.approx(size, rel=0.01), key
     assert any(row["groups_leaving_node"] for row in found.traffic)
@@ -85,6 +85,29 @@ def test_formula_is_that_of_section_5_2():
         declared_traffic(config.replace(dispatch="padded"), folding, sequence=4096, global_batch=256)
 
 
+def test_fsdp_moves_the_weights_of_a_layer_three_times_a_micro_batch():
+    """Section 5.2: two gathers and one reduce-scatter, here of float32 experts; what nothing splits is summed."""
+    folding = Folding.parse("attention=tp2.dp64 experts=etp2.ep8.edp8")
+    model = MODELS["mixtral-8x22b"].replace(param_dtype="float32", compute_dtype="bfloat16")
+    config = MoEConfig(model=model, dispatch="drop_pad", capacity_factor=1.0, num_microbatches=4, remat="full",
+                       sharding="fsdp")  # fmt: skip
+    formula = declared_traffic(config, folding, sequence=4096, global_batch=256)
+    group = tuple(range(0, 128, 16))
+    experts = 56 * 3 * 6144 * 16384 / 2 * 7 / 8  # numbers of one expert of a rank that others hold
+    assert formula["all-gather", group] == pytest.approx(4 * 2 * experts * 4)
+    assert formula["reduce-scatter", group] == pytest.approx(4 * experts * 4)
+    wide = Folding.parse("attention=dp1024 experts=ep8")
+    qwen = config.replace(model=MODELS["qwen2-57b-a14b"].replace(param_dtype="float32", compute_dtype="bfloat16"))
+    summed = declared_traffic(qwen.replace(num_microbatches=1), wide, sequence=4096, global_batch=1024)
+    tables, attention = 2 * 151936 * 3584, 28 * 3584 * 2 * (3584 + 512)  # 1,024 divides none of their dimensions
+    assert summed["all-reduce", tuple(range(8))] == pytest.approx(2 * 4 * (tables + attention), rel=0.01)
+    with pytest.raises(ValueError, match="sharding='fsdp': bytes are declared for zero1 only"):
+        piped = config.replace(schedule="1f1b")
+        declared_traffic(
+            piped, Folding.parse("attention=tp2.dp8 experts=ep8.edp2 pipeline=8"), sequence=64, global_batch=8
+        )
+
+
 def test_combined_asynchronous_collectives_count_whole():
     """What compilers for accelerators write: operands and results of several collectives in one start."""
     groups = "channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={0}"
@@ -103,6 +126,16 @@ def test_combined_asynchronous_collectives_count_whole():
 """
     assert [item.num_bytes for item in audit(text)] == [8 * 4 + 12 * 2, 16, 16, 32, 24, 32]
     assert carried_bytes(text) == [4 + 60 + 16, 14]
+
+
+def test_what_the_compiler_fetches_again_counts_apart():
+    """Rematerialised copies keep their name with .remat behind; where no original is left, nothing is repeated."""
+    lines = [
+        f"  %{name} = f32[8]{{0}} all-gather(%p), channel_id=1, replica_groups={{{{0,1}},{{2,3}}}}, dimensions={{0}}"
+        for name in ("all_gather.1.2", "all_gather.1.2.remat", "all_gather.3.remat2", "all_gather.1.2.remat3")
+    ]
+    (row,) = summarize(audit("\n".join(["ENTRY %main (p: f32[4]) -> f32[8] {", *lines, "}"])))
+    assert (row["bytes"], row["repeated"], once(row)) == (4 * 16, 2 * 16, 2 * 16)
 
 
 def make_product(devices):
@@ -240,7 +273,7 @@ def test_table_of_compiled_rows_resumes(tmp_path, monkeypatch, capsys):
         return {
             "num_devices": row.num_devices,
             "total_bytes": int(90e9),
-            "traffic": [{**sent, "bytes": 7e9 if leaves else 1e9}],
+            "traffic": [{**sent, "bytes": 7e9 if leaves else 1e9, "formula": 7e9}],
             "flops": 2e18,
             "product_bytes": 1e15,
             "model_flops": 1e18,
@@ -259,7 +292,8 @@ def test_table_of_compiled_rows_resumes(tmp_path, monkeypatch, capsys):
     assert compile_table.main([f"--out={path}", "--first=4", f"--figure={figure}"]) == 0
     text = capsys.readouterr().out
     assert started == [*rows[:3], rows[1], rows[3]] and "no, 10.0 over" in text and "not compiled in 1 s" in text
-    assert "4.0 -> 0.6 (no more)" in text and "1.053" in text and figure.stat().st_size > 1000
+    assert "4.0 -> 0.6 (no more)" in text and "1.053" in text and "2 of 4 collectives within 1 %" in text
+    assert figure.stat().st_size > 1000
     assert len(compile_table.read_lines(path)) == 4
     assert compile_table.main([f"--out={tmp_path / 'none.jsonl'}", "--report"]) == 2
 
@@ -267,6 +301,7 @@ def test_table_of_compiled_rows_resumes(tmp_path, monkeypatch, capsys):
 def test_report_says_what_does_not_fit_and_what_bounds(capsys):
     row = {"kind": "all-gather", "group_size": 16, "first_group": list(range(8)), "num_groups": 1, "peers": 8}
     row |= {"groups_leaving_node": 1, "operations": 1, "runs": 3, "bytes": 50e9}
+    row |= {"repeated": 2e9, "formula": 24e9}
     found = Compiled(
         platform="cuda",
         num_devices=16,
@@ -294,7 +329,8 @@ def test_report_says_what_does_not_fit_and_what_bounds(capsys):
         "1.000 of what these add up to",
         "products take longest: MFU at most 50.0%",
         "1 collectives lie in loops",
-        "50.000          3.333",
+        "50.000          3.333             2.000",
+        "2.000 GB of it the compiler sends again",
     ):
         assert words in text, (words, text)
 
