@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.cluster.confirm import REMAT, Confirmed
 from experiments.cluster.models import MODELS
+from experiments.cluster.paper_tables import all_rows
 from jaxrl_suite.lm import LanguageModelConfig
 from jaxrl_suite.moe.cost_fit import Fit
 from jaxrl_suite.moe.cost_time import Constants
@@ -102,7 +103,10 @@ def print_report(
             print(f"   {line}")
     if asked is not None and asked.fits:
         slower = asked.seconds.total / fitting[0].seconds.total - 1
-        print(f"\nThe folding you named is {slower:.1%} slower than the best; {_difference(asked, fitting[0])}")
+        why = difference(asked, fitting[0]) if asked != fitting[0] else "it is the best."
+        print(f"\nThe folding you named is {slower:.1%} slower than the best; {why}")
+    if fitting and (note := beyond_published(fitting)):
+        print(f"\n{note}")
 
 
 def print_confirmed(item: Confirmed) -> None:
@@ -138,13 +142,45 @@ def print_launch(options: argparse.Namespace, candidate: Candidate, hardware: Ha
     print("Times are predictions: measure the first few and refit (--csv).")
 
 
-def _difference(slow: Candidate, fast: Candidate) -> str:
-    """Where the time goes that one candidate takes more than another."""
-    more = {name: a - b for (name, a), b in zip(slow.seconds._asdict().items(), fast.seconds)}
-    name = max(more, key=lambda part: more[part])
-    if more[name] <= 0:
-        return "it is the best."
-    return f"most of the difference is {PARTS[name]} ({more[name]:+.2f} s a step)."
+def difference(slow: Candidate, fast: Candidate) -> str:
+    """Where one candidate spends more of a step than another, and where less; what is below 0.2 % is left out."""
+    least = 2e-3 * fast.seconds.total
+    apart = {name: a - b for (name, a), b in zip(slow.seconds._asdict().items(), fast.seconds)}
+    apart = {name: apart[name] for name in sorted(apart, key=lambda part: -abs(apart[part]))}
+    sides = [
+        ("more", {n: d for n, d in apart.items() if d > least}),
+        ("less", {n: d for n, d in apart.items() if d < -least}),
+    ]
+    words = [
+        f"{side} on " + ", ".join(f"{PARTS[name]} ({seconds:+.2f} s)" for name, seconds in parts.items())
+        for side, parts in sides
+        if parts
+    ]
+    return f"it spends {' and '.join(words)} a step." if words else "it takes the same."
+
+
+def beyond_published(fitting: Sequence[Candidate], measured: int | None = None) -> str:
+    """Says when the first of a ranking rests on context parallelism at lengths that nobody has published.
+
+    Args:
+        fitting: the ranking, fastest first.
+        measured: shortest sequence of a published row with CP > 1; that of the paper's tables by default.
+
+    Returns:
+        What is extrapolated, and the first mapping without it; empty where nothing is.
+    """
+    if measured is None:
+        measured = min(row.sequence for row in all_rows() if row.folding.cp > 1 and row.mfu_percent is not None)
+    best = fitting[0]
+    plain = next((place for place, c in enumerate(fitting) if c.folding.cp == 1), None)
+    if best.folding.cp == 1 or best.workload.sequence >= measured or plain is None:
+        return ""
+    other = fitting[plain]
+    return (
+        f"No published row has CP > 1 below {measured:,} tokens: what CP costs at {best.workload.sequence:,.0f} is "
+        f"extrapolated, without latencies or smaller products. The first with CP = 1 is {plain + 1}. {other.folding}, "
+        f"{other.seconds.total / best.seconds.total - 1:.1%} slower; {difference(other, best)} Measure both."
+    )
 
 
 COLUMNS = ("rank", "attention", "experts", "pp", "sharding", "recompute", "MFU %", "step s", "memory GB", "bound by")

@@ -16,10 +16,11 @@ from experiments.cluster.paper_fit import (
     workload_of,
 )
 from experiments.cluster.paper_tables import METHODS, all_rows, table_3, table_4, table_5
+from experiments.cluster.plan_report import beyond_published, difference
 from experiments.cluster.predicted_mfu import as_run
 from jaxrl_suite.moe.cost_fit import PAPER_CONSTANTS, fit, predict, rank_correlation, select_rows
 from jaxrl_suite.moe.cost_memory import device_memory
-from jaxrl_suite.moe.cost_model import RECOMPUTE
+from jaxrl_suite.moe.cost_model import RECOMPUTE, Workload
 from jaxrl_suite.moe.hardware import Hardware
 from jaxrl_suite.moe.planner import plan, unfolded
 from jaxrl_suite.moe.planner import predict as predict_one
@@ -210,13 +211,27 @@ def test_plan_answers_a_new_user(capsys):
 def test_plan_compares_a_named_folding_and_writes_json(capsys):
     arguments = ["--model=mixtral-8x7b", "--gpus=16", "--global_batch=64", "--top=1"]
     code, text = run(capsys, *arguments, "--folding=attention=tp4 experts=etp4.ep2")
-    assert code == 0 and "slower than the best" in text
+    assert code == 0 and "slower than the best; it spends more on " in text
     code, text = run(capsys, *arguments, "--json", "--folding=attention=tp4 experts=etp4.ep2")
     found = json.loads(text)
     assert code == 0 and found["candidates"][0]["fits"] and len(found["candidates"]) == 1
     best, asked = found["candidates"][0], found["asked"]
     assert sum(best["seconds"].values()) == pytest.approx(best["step_seconds"])
     assert asked["folding"].startswith("attention=tp4") and asked["step_seconds"] > best["step_seconds"]
+
+
+def test_plan_says_what_rests_on_no_published_row():
+    """CP > 1 is published from 16,384 tokens on; a ranking led by it below that says so, and what leads without."""
+    model = MODELS["qwen2-57b-a14b"]
+    fitting = plan(model, 64, Workload(global_batch=256)).fitting
+    plain = next(candidate for candidate in fitting if candidate.folding.cp == 1)
+    assert fitting[0].folding.cp > 1
+    text = beyond_published(fitting)
+    assert "below 16,384 tokens" in text and f"{fitting.index(plain) + 1}. {plain.folding}, " in text
+    gap = plain.seconds.tp - fitting[0].seconds.tp
+    assert gap > 0 and f"more on tensor-parallel traffic ({gap:+.2f} s)" in text
+    assert beyond_published(fitting, measured=4096) == "" and beyond_published([plain, fitting[0]]) == ""
+    assert difference(plain, plain) == "it takes the same."
 
 
 def test_plan_refits_to_measured_rows(capsys, tmp_path):
