@@ -96,11 +96,7 @@ def figures(result: Result) -> Mapping[str, "Figure"]:
 
     horizons = result.arrays["horizons"]
     figure, panels = new_figure(14.0, 4.2, ncols=3, title="Lock, S = 8, A = 3, D = 5: what a longer horizon costs")
-    labels = (
-        "uncertainty value (an indication)",
-        "largest value error, bank and goals at any step",
-        "certificate, radius 1.3 sqrt(D)",
-    )
+    labels = ("uncertainty value (an indication)", "largest value error found", "certificate, radius 1.3 sqrt(D)")
     for axes, name, label in zip(panels, _SHOWN, labels, strict=True):
         for index, kind in enumerate(str(name) for name in result.arrays["kinds"]):
             values = np.array([result.arrays[f"{kind}/{h}/{name}"] for h in horizons])
