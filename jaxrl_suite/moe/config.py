@@ -46,7 +46,7 @@ class MoEConfig(Config):
     drop_scope: Literal["rank", "sequence"] = field("rank", help="tokens that a capacity is decided over")
     buffer_factor: float | None = field(None, help="'padded': rows to a peer over the even share; None never overflows")
     balance: Literal["none", "batch", "sequence", "global"] = field("none", help="scope of the balancing loss")
-    block_rows: int = field(0, help="rows of one block of the grouped product; 0 for a quarter of an even share")
+    block_rows: int = field(0, help="rows of one block of an expert; 0 for 16 on a CPU, elsewhere a quarter of a share")
     expert_precision: Literal["compute", "float8"] = field(
         "compute", help="operands of the experts' products: the compute dtype, or blockwise scaled float8 (e4m3)"
     )

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_suite.lm import route
 from jaxrl_suite.lm.feed_forward import router_logits, shared_expert, swiglu
 from jaxrl_suite.lm.layers import project
+from jaxrl_suite.moe.block_swiglu import block_swiglu
 from jaxrl_suite.moe.capacity import expert_capacity, keep_by_capacity, rank_in_expert
 from jaxrl_suite.moe.config import MoEConfig
 from jaxrl_suite.moe.dispatch import DispatchStats, ExpertAxes, Experts, dispatch
@@ -26,6 +26,8 @@ from jaxrl_suite.moe.grouped import Blocks, block_matmul
 from jaxrl_suite.moe.hooks import tensor_parallel
 from jaxrl_suite.moe.variance import axis_index, axis_size, unify, vary_like
 from jaxrl_suite.types import Array, FeedForward, Params
+
+_WALKED_BLOCK = 16  # rows: smaller blocks pad less, but more products have few rows
 
 
 class LayerAxes(NamedTuple):
@@ -128,7 +130,7 @@ def make_experts(params: Params, config: MoEConfig, num_rows: int = 0) -> Expert
         config: read for dtypes and block size. With ``expert_precision="float8"`` every product takes float8 operands
             (rows in blocks of 1 x 128, weights in tiles of 128 x 128 of what this rank holds) and sums in float32; the
             backward pass sees the rounded operands, cotangents are not rounded.
-        num_rows: rows that these experts get in all if the load is even, for the size of a block.
+        num_rows: rows that these experts get in all if the load is even, for the size of a block where it matters.
     """
     accumulate, num_local = config.model.accumulate_dtype, params["gate"].shape[0]
     float8 = config.expert_precision == "float8"
@@ -154,14 +156,19 @@ def make_experts(params: Params, config: MoEConfig, num_rows: int = 0) -> Expert
 
     def blocks(x: Array, layout: Blocks) -> Array:
         x, layout, weights = unify(rounded(x), layout, params)
+        if not float8:
+            weights = jax.tree.map(lambda leaf: leaf.astype(x.dtype), weights)
+            return block_swiglu(x, weights, layout.expert, layout.live)
         gate = block_matmul(x, weights["gate"].astype(x.dtype), layout.expert, layout.live)
         up = block_matmul(x, weights["up"].astype(x.dtype), layout.expert, layout.live)
-        hidden = checkpoint_name(rounded(jax.nn.silu(gate) * up), "moe_act")
+        hidden = rounded(jax.nn.silu(gate) * up)
         return block_matmul(hidden, weights["down"].astype(x.dtype), layout.expert, layout.live)
 
     if config.remat == "experts":  # no exchange happens in here, so none can be repeated
         uniform, blocks = (jax.checkpoint(function, prevent_cse=False) for function in (uniform, blocks))
-    return Experts(uniform, blocks, config.block_rows or even_block(num_rows, num_local))
+    walked = jax.default_backend() == "cpu" and not float8  # chunks of many blocks, whatever the size of a block
+    block = config.block_rows or (_WALKED_BLOCK if walked else even_block(num_rows, num_local))
+    return Experts(uniform, blocks, block)
 
 
 def even_block(num_rows: int, num_experts: int) -> int:

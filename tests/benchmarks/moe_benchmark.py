@@ -8,6 +8,7 @@ runs in a process of its own, and the steps are taken in turns (in one process t
 """
 
 import argparse
+import functools
 import importlib.util
 import statistics
 import subprocess
@@ -134,11 +135,13 @@ def compare_steps(repeats):
     }
     first = {name: timed(step) for name, step in ours.items()}
     theirs, seconds = TorchSteps() if has_torch else None, {name: [] for name in (*ours, "torch + transformers")}
-    for _ in range(repeats):
-        for name, step in ours.items():
-            seconds[name].append(timed(step))
-        if theirs:
-            seconds["torch + transformers"].append(theirs.seconds())
+    turns = {name: functools.partial(timed, step) for name, step in ours.items()}
+    if theirs:
+        turns["torch + transformers"] = theirs.seconds
+    for turn in range(repeats):
+        names = list(turns)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody always follows the same one
+            seconds[name].append(turns[name]())
     if theirs:
         theirs.close()
     medians = {name: statistics.median(values) for name, values in seconds.items() if values}

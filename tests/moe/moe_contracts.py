@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from jaxrl_suite import moe
 from jaxrl_suite.moe.balancing import balance_from_sums
+from jaxrl_suite.moe.block_swiglu import block_swiglu
 from jaxrl_suite.moe.dispatch import identity_experts
 from jaxrl_suite.moe.grouped import align, block_matmul
 from jaxrl_suite.moe.permute import collect_rows, spread_rows
@@ -40,6 +41,13 @@ def aligned_product(key):
     layout = align(jax.random.randint(key, (T,), 0, E + 1).astype(jnp.int32), E, block=2)
     weights = jax.random.normal(jax.random.fold_in(key, 1), (E, D, F))
     return spread_rows(rows, source, slots), weights, layout.expert, layout.live
+
+
+def aligned_experts(key):
+    rows, _, *where = aligned_product(key)
+    shapes = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
+    params = {name: jax.random.normal(jax.random.fold_in(key, i), s) for i, (name, s) in enumerate(shapes.items())}
+    return rows, params, *where
 
 
 def tokens_and_routing(key):
@@ -109,6 +117,7 @@ ALGORITHMS = [
         rows_and_maps,
     ),
     Algorithm("moe.grouped.block_matmul", block_matmul, aligned_product),
+    Algorithm("moe.block_swiglu", block_swiglu, aligned_experts),
     Algorithm("moe.dispatch[padded]", through_experts("padded"), tokens_and_routing, vmap=False),
     Algorithm("moe.dispatch[drop_pad]", through_experts("drop_pad"), tokens_and_routing, vmap=False),
     Algorithm("moe.moe_layer", layer, layer_arguments, vmap=False),

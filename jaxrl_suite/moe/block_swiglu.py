@@ -1,0 +1,184 @@
+"""SwiGLU of rows in aligned blocks: every expert's rows walked once, forward and backward.
+
+Three grouped products in a row read and write three arrays of all rows in between, and a loop over blocks copies the
+matrix of an expert for each of its blocks. On a CPU that costs as much as half of the products. Here an outer loop
+takes the matrices of an expert once and an inner one carries each of its chunks through all products while it lies in
+the cache. Only the two products before the activation are kept for the backward pass; elsewhere than on a CPU the same
+rule runs over the grouped products of :mod:`jaxrl_suite.moe.grouped`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_suite.moe.grouped import block_matmul, block_outer, blocks_of_experts
+from jaxrl_suite.moe.variance import vary_like, zeros_like_varying
+from jaxrl_suite.types import Array, Params
+
+_CHUNK_ROWS = 128  # products over fewer rows wait for the matrix, over more gain nothing
+
+
+@jax.custom_vjp
+def block_swiglu(rows: Array, params: Params, expert: Array, live: Array) -> Array:
+    """``(silu(x gate) * (x up)) down`` of each block of aligned rows with the matrices of its expert.
+
+    Zero for blocks without rows. Can be differentiated in reverse any number of times.
+
+    Args:
+        rows: [M, D], aligned; see :class:`jaxrl_suite.moe.grouped.Blocks`.
+        params: gate and up [E, D, F], down [E, F, D], in the dtype of ``rows``.
+        expert: int32 [M / block].
+        live: bool [M / block].
+
+    Returns:
+        [M, D], products accumulated in float32 at least.
+
+    References:
+        Shazeer (2020), arXiv 2002.05202, equation 6.
+    """
+    return _forward(rows, params, expert, live)[0]
+
+
+def _gated(gate: Array, up: Array) -> Array:
+    return jax.nn.silu(gate) * up
+
+
+def _grouped_forward(rows: Array, params: Params, expert: Array, live: Array) -> tuple[Array, Array, Array]:
+    """By one grouped product after the other: output, and what stands before the activation."""
+    gate, up = (block_matmul(rows, params[name], expert, live) for name in ("gate", "up"))
+    return block_matmul(_gated(gate, up), params["down"], expert, live), gate, up
+
+
+def _grouped_backward(
+    rows: Array, params: Params, gate: Array, up: Array, cotangent: Array, expert: Array, live: Array
+) -> tuple[Array, Params]:
+    """Gradients by rows and matrices, by one grouped product after the other."""
+    hidden, pull = jax.vjp(_gated, gate, up)
+    d_gate, d_up = pull(block_matmul(cotangent, params["down"], expert, live, True))
+    d_rows = block_matmul(d_gate, params["gate"], expert, live, True)
+    d_rows = d_rows + block_matmul(d_up, params["up"], expert, live, True)
+    like = vary_like(jnp.zeros((params["gate"].shape[0], 0), rows.dtype), rows)
+    pairs = {"gate": (rows, d_gate), "up": (rows, d_up), "down": (hidden, cotangent)}
+    return d_rows, {name: block_outer(*pair, expert, live, like) for name, pair in pairs.items()}
+
+
+def _product(x: Array, y: Array, axes: tuple[int, int]) -> Array:
+    """Contraction of one axis of each matrix, in float32 at least."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.lax.dot_general(x, y, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=wide)
+
+
+def _over_chunks(
+    first: Array, number: Array, rows: tuple[int, int], step: Callable[[Array, int, Any], Any], carry: Any
+) -> Any:
+    """Folds ``step(first row, number of rows, carry)`` over an expert's blocks, whole chunks before single blocks.
+
+    Args:
+        first: block at which the expert begins.
+        number: of its blocks.
+        rows: in all, and of a block; static.
+        step: of the fold.
+        carry: its start.
+    """
+    total, block = rows
+    done = number * 0
+    for blocks in sorted({max(1, min(_CHUNK_ROWS, total) // block), 1}, reverse=True):
+
+        def advance(state: tuple[Array, Any], blocks: int = blocks) -> tuple[Array, Any]:
+            done, carry = state
+            return done + blocks, step((first + done) * block, blocks * block, carry)
+
+        def more(state: tuple[Array, Any], blocks: int = blocks) -> Array:
+            return state[0] + blocks <= number
+
+        done, carry = jax.lax.while_loop(more, advance, (done, carry))
+    return carry
+
+
+def _rows_at(array: Array, begin: Array, count: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(array, begin, count)
+
+
+def _put(array: Array, rows: Array, begin: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), begin, 0)
+
+
+def _walk_forward(rows: Array, params: Params, expert: Array, live: Array) -> tuple[Array, Array, Array]:
+    num_experts, _, hidden_width = params["gate"].shape
+    sizes = rows.shape[0], rows.shape[0] // expert.shape[0]
+
+    def one(arrays: tuple, item: tuple[Params, Array, Array]) -> tuple[tuple, None]:
+        weights, first, number = item
+
+        def step(begin: Array, count: int, arrays: tuple) -> tuple:
+            x = _rows_at(rows, begin, count)
+            gate, up = (_product(x, weights[name], (1, 0)).astype(x.dtype) for name in ("gate", "up"))
+            y = _product(_gated(gate, up), weights["down"], (1, 0))
+            return tuple(_put(array, part, begin) for array, part in zip(arrays, (y, gate, up), strict=True))
+
+        return _over_chunks(first, number, sizes, step, arrays), None
+
+    widths = (rows.shape[1], hidden_width, hidden_width)
+    arrays = tuple(zeros_like_varying((rows.shape[0], width), rows.dtype, rows) for width in widths)
+    return jax.lax.scan(one, arrays, (params, *blocks_of_experts(expert, live, num_experts)))[0]
+
+
+def _walk_backward(
+    rows: Array, params: Params, gate: Array, up: Array, cotangent: Array, expert: Array, live: Array
+) -> tuple[Array, Params]:
+    num_experts, sizes = params["gate"].shape[0], (rows.shape[0], rows.shape[0] // expert.shape[0])
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+
+    def one(d_rows: Array, item: tuple[Params, Array, Array]) -> tuple[Array, Params]:
+        weights, first, number = item
+
+        def step(begin: Array, count: int, carry: tuple[Array, Params]) -> tuple[Array, Params]:
+            d_rows, total = carry
+            x, *pre, g = (_rows_at(array, begin, count) for array in (rows, gate, up, cotangent))
+            hidden, pull = jax.vjp(_gated, *pre)
+            d_gate, d_up = pull(_product(g, weights["down"], (1, 1)).astype(x.dtype))
+            d_x = _product(d_gate, weights["gate"], (1, 1)) + _product(d_up, weights["up"], (1, 1))
+            pairs = {"gate": (x, d_gate), "up": (x, d_up), "down": (hidden, g)}
+            total = {name: total[name] + _product(*pair, (0, 0)) for name, pair in pairs.items()}
+            return _put(d_rows, d_x, begin), total
+
+        zeros = {name: zeros_like_varying(leaf.shape, wide, rows) for name, leaf in weights.items()}
+        d_rows, total = _over_chunks(first, number, sizes, step, (d_rows, zeros))
+        return d_rows, jax.tree.map(lambda leaf: leaf.astype(rows.dtype), total)
+
+    start = zeros_like_varying(rows.shape, rows.dtype, rows)
+    return jax.lax.scan(one, start, (params, *blocks_of_experts(expert, live, num_experts)))
+
+
+def _on_cpu(walk: Callable[..., Any], grouped: Callable[..., Any]) -> Callable[..., Any]:
+    """``walk`` on a CPU, ``grouped`` elsewhere; differentiated as ``grouped``: loops of unknown length cannot be."""
+
+    @jax.custom_vjp
+    def function(*arguments: Any) -> Any:
+        return jax.lax.platform_dependent(*arguments, cpu=walk, default=grouped)
+
+    def backward(arguments: tuple, cotangents: Any) -> Any:
+        return jax.vjp(grouped, *arguments)[1](cotangents)
+
+    function.defvjp(lambda *arguments: (function(*arguments), arguments), backward)
+    return function
+
+
+_forward = _on_cpu(_walk_forward, _grouped_forward)
+_backward = _on_cpu(_walk_backward, _grouped_backward)
+
+
+def _swiglu_forward(rows: Array, params: Params, expert: Array, live: Array) -> tuple[Array, tuple]:
+    y, gate, up = _forward(rows, params, expert, live)
+    return y, (rows, params, gate, up, expert, live)
+
+
+def _swiglu_backward(residuals: tuple, cotangent: Array) -> tuple:
+    rows, params, gate, up, expert, live = residuals
+    d_rows, d_params = _backward(rows, params, gate, up, cotangent, expert, live)
+    return d_rows, d_params, None, None
+
+
+block_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
