@@ -35,10 +35,10 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
         ETP  (ETP-1) (F + 1) l E C D gathered and as much scattered
         PP   A / TP forward and as much backward
 
-    Each step gathers the stored weights and scatters their gradients: with ZeRO-1 once, matrices in the dtype of
-    products and all else as stored; with FSDP as stored, at each micro-batch, those of layers as often as these run
-    forward. Gradients of weights that no dimension splits are summed over the data ranks, those of the two tables over
-    the stages besides.
+    Each step gathers the stored weights (matrices in the dtype of products, all else as stored) and scatters their
+    gradients: with ZeRO-1 once; with FSDP at each micro-batch, and weights of layers as often as these run forward.
+    Gradients of weights that no dimension splits are summed over the data ranks; of the two tables each rank sums its
+    share over the stages besides.
 
     Raises:
         ValueError: dispatch, schedule, sharding or context kernel other than drop_pad, 1f1b, zero1 (without a pipeline
@@ -112,15 +112,15 @@ def _of_weight(
     share = (degree - 1) / degree
     if place.gather:
         forth, back = _turns(path, config)
-        narrow = config.sharding == "zero1" and is_multiplied(path)
-        yield "all-gather", role, forth * share * local * (wide if narrow else 4)
+        yield "all-gather", role, forth * share * local * (wide if is_multiplied(path) else 4)
         yield "reduce-scatter", role, back * share * local * 4
     else:
         role = role if place.is_expert or folding.tp == 1 or "tp" in axes else "stage"
         size = len(_groups(folding, role)[0])
         yield "all-reduce", role, 2 * (size - 1) / size * local * 4
     if "pp" not in axes:  # the same on all stages
-        yield "all-reduce", "pp", 2 * (folding.pp - 1) / folding.pp * local * 4
+        held = local / degree if place.gather else local
+        yield "all-reduce", "pp", 2 * (folding.pp - 1) / folding.pp * held * 4
 
 
 def _turns(path: str, config: MoEConfig) -> tuple[int, int]:

@@ -5,6 +5,7 @@ empty. Parameters arrive cast to vary over the whole mesh, so that every reducti
 one cast, outside of the loops over layers and micro-batches.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from jaxrl_suite.moe.dispatch import ExpertAxes
 from jaxrl_suite.moe.folding import Folding
 from jaxrl_suite.moe.hooks import tensor_parallel
 from jaxrl_suite.moe.layer import LayerAxes, make_feed_forward, zigzag_order
-from jaxrl_suite.moe.partition import placements
+from jaxrl_suite.moe.partition import is_multiplied, placements
 from jaxrl_suite.moe.variance import axis_index, axis_size, sum_over, vary
 from jaxrl_suite.types import Array, FeedForward, Params
 
@@ -141,15 +142,41 @@ def order_for_context(batch: Batch, config: MoEConfig, ranks: int) -> Batch:
     return jax.tree.map(lambda leaf: leaf[:, order], batch)
 
 
-def gather_weights(params: Params, gathers: dict[str, Gather]) -> Params:
-    """Whole compute weights from shards; the transpose is one reduce-scatter."""
+def gather_weights(params: Params, gathers: dict[str, Gather], dtype: jnp.dtype | None = None) -> Params:
+    """Whole compute weights from shards; the transpose is one reduce-scatter in the dtype of the shards.
+
+    Args:
+        params: shards.
+        gathers: path -> (atoms, dimension).
+        dtype: of products; matrices that only enter products travel in it where it is narrower. None: as they are.
+    """
     if not gathers:
         return params
     leaves = flatten(params)
     for path, (axes, dim) in gathers.items():
         if path in leaves:
-            leaves[path] = jax.lax.all_gather(leaves[path], axes, axis=dim, tiled=True)
+            leaf = leaves[path]
+            narrow = dtype is not None and dtype.itemsize < leaf.dtype.itemsize and is_multiplied(path)
+            leaves[path] = _narrow_gather(leaf, axes, dim, dtype) if narrow else _gather(leaf, axes, dim)
     return unflatten(leaves)
+
+
+def _gather(shard: Array, axes: tuple[str, ...], dim: int) -> Array:
+    return jax.lax.all_gather(shard, axes, axis=dim, tiled=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _narrow_gather(shard: Array, axes: tuple[str, ...], dim: int, dtype: jnp.dtype) -> Array:
+    """Cast, then gathered. Tangents are gathered first, so that gradients are summed as wide as they are stored."""
+    return _gather(shard.astype(dtype), axes, dim)
+
+
+@_narrow_gather.defjvp
+def _(
+    axes: tuple[str, ...], dim: int, dtype: jnp.dtype, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    (shard,), (tangent,) = primals, tangents
+    return _narrow_gather(shard, axes, dim, dtype), _gather(tangent, axes, dim).astype(dtype)
 
 
 def pick_key_heads(attention: Params, config: MoEConfig, axes: tuple[str, ...]) -> Params:
@@ -185,7 +212,7 @@ def run_layers(layers: Params, x: Array, batch: Batch, *, config: MoEConfig, lay
     gathers = {path.removeprefix(prefix): (axes, dim - 1) for path, (axes, dim) in layout.gathers if prefix in path}
 
     def layer(x: Array, params: Params) -> tuple[Array, Any]:
-        params = gather_weights(params, gathers)
+        params = gather_weights(params, gathers, x.dtype)
         params = {**params, "attention": pick_key_heads(params["attention"], config, layout.layer.tp)}
         return block(
             params,
@@ -273,11 +300,17 @@ def total_objective(parts: ObjectiveParts, config: MoEConfig, hparams: HParams) 
     return total
 
 
+def gather_outside_layers(params: Params, layout: Layout, dtype: jnp.dtype | None = None) -> Params:
+    """Whole tables and last norm (FSDP); ``dtype`` as in :func:`gather_weights`."""
+    return gather_weights(params, {path: g for path, g in layout.gathers if not path.startswith("layers/")}, dtype)
+
+
 def whole_objective(
     params: Params, batch: Batch, count: Array, hparams: HParams, loss: Loss, config: MoEConfig, layout: Layout
 ) -> tuple[Array, ObjectiveParts]:
     """Objective of one micro-batch when every rank holds all layers (no pipeline)."""
-    params = gather_weights(params, {path: g for path, g in layout.gathers if not path.startswith("layers/")})
+    dtype = config.model.activation_dtype(params["embed"]["table"].dtype)
+    params = gather_outside_layers(params, layout, dtype)
     x = embed(params, batch.inputs, config=config.model, parallel=tensor_parallel(layout.layer.tp))
     x, sums = run_layers(params["layers"], x, batch, config=config, layout=layout)
     log_probs = token_log_probs(params, x, batch.targets, config=config, layout=layout)

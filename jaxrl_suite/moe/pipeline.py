@@ -32,7 +32,7 @@ from jaxrl_suite.moe.model import (
     Layout,
     Loss,
     ObjectiveParts,
-    gather_weights,
+    gather_outside_layers,
     objective_parts,
     run_layers,
     token_log_probs,
@@ -103,10 +103,6 @@ def _microbatch(batches: Batch, index: Array) -> Batch:
     return jax.tree.map(lambda leaf: leaf[jnp.clip(index, 0, last)], batches)
 
 
-def _whole(params: Params, layout: Layout) -> Params:
-    return gather_weights(params, {path: g for path, g in layout.gathers if not path.startswith("layers/")})
-
-
 def _hand_on(x: Array, layout: Layout, *, back: bool = False) -> Array:
     """Sends activations to the next stage (or gradients to the previous one), the ends joined."""
     stages = axis_size(layout.pp)
@@ -121,7 +117,7 @@ def _mask_sums(sums: Any, valid: Array) -> Any:
 def _gpipe_objective(
     params: Params, batches: Batch, count: Array, hparams: HParams, loss: Loss, config: MoEConfig, layout: Layout
 ) -> tuple[Array, ObjectiveParts]:
-    params = _whole(params, layout)
+    params = gather_outside_layers(params, layout)  # wide, as the transposed loop sums in their dtype
     stages, stage, rounds = axis_size(layout.pp), axis_index(layout.pp), config.virtual_stages
     number = batches.inputs.shape[0]
     layers = jax.tree.map(lambda leaf: leaf.reshape(rounds, -1, *leaf.shape[1:]), params["layers"])
@@ -228,10 +224,11 @@ def _one_forward_one_backward(
 ) -> tuple[Params, ObjectiveParts]:
     stages, stage = axis_size(layout.pp), axis_index(layout.pp)
     number, slots = batches.inputs.shape[0], 2 * axis_size(layout.pp) - 1
+    dtype = config.model.activation_dtype(params["embed"]["table"].dtype)
 
     def run(params: Params, received: Array, batch: Batch, valid: Array) -> tuple[tuple[Array, Array], ObjectiveParts]:
         """One stage on one micro-batch: activations to hand on, and what it adds to the objective."""
-        params = _whole(params, layout)
+        params = gather_outside_layers(params, layout, dtype)
         entering = embed(params, batch.inputs, config=config.model, parallel=tensor_parallel(layout.layer.tp))
         x = jnp.where(stage == 0, entering, received)
         x, sums = run_layers(params["layers"], x, batch, config=config, layout=layout)
@@ -241,7 +238,7 @@ def _one_forward_one_backward(
         return (x, total_objective(parts, config, hparams)), parts
 
     def forward_only(params: Params, received: Array, batch: Batch) -> Array:
-        params = _whole(params, layout)
+        params = gather_outside_layers(params, layout, dtype)
         entering = embed(params, batch.inputs, config=config.model, parallel=tensor_parallel(layout.layer.tp))
         return run_layers(
             params["layers"], jnp.where(stage == 0, entering, received), batch, config=config, layout=layout

@@ -175,7 +175,8 @@ def _local_gradients(
     gathers = {} if config.sharding == "fsdp" else gathers
 
     def prepare(params: Params) -> Params:
-        return vary(gather_weights(params, gathers), layout.mesh)
+        # The transpose sums shards of gradients, not whole gradients, over ranks that hold the same shard.
+        return gather_weights(vary(params, layout.mesh), gathers)
 
     ready = prepare(_narrow(params, gathers, config))
     reduce_gradients = jax.linear_transpose(prepare, params)  # in the dtype of the stored weights
