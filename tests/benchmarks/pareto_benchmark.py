@@ -14,10 +14,14 @@ import numpy as np
 from jaxrl_suite.pareto import hypervolume
 
 
-def median_seconds(function, repeats):
-    """Median wall time of a call, results waited for."""
+def median_seconds(function, repeats, least_seconds=0.5):
+    """Median wall time of a call, results waited for.
+
+    Calls of a millisecond are repeated for half a second: the first tens of milliseconds after a compilation run on
+    one core, and a median of fifteen calls may lie wholly in them.
+    """
     times = []
-    for _ in range(repeats):
+    while len(times) < repeats or sum(times) < least_seconds:
         began = time.perf_counter()
         jax.block_until_ready(function())
         times.append(time.perf_counter() - began)
