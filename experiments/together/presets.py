@@ -31,8 +31,8 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
         "smoke": {"num_layers": 1, "supervised_steps": 150, "num_steps": 4, "num_prompts": 4, "group_size": 4},
         "default": {},
         "paper": {"width": 64, "supervised_steps": 3000, "num_steps": 300, "num_prompts": 64, "digits": 2},
-        # An upcycled SmolLM2-135M: add --model PATH. Its 9 heads and 3 key heads do not split over tp2. Takes up to 21 GB
-        # of memory, most of it copies of the weights on eight devices that are one machine; eight experts take more.
+        # An upcycled SmolLM2-135M: add --model PATH. Its 9 heads and 3 key heads do not split over tp2. Takes up to 21
+        # GB of memory, mostly copies of the weights on eight devices that are one machine; eight experts take more.
         "pretrained": {"folding": "attention=dp8 experts=etp2.ep4", "num_experts": 4, "num_steps": 5, "num_prompts": 2,
                        "group_size": 4, "learning_rate": 1e-5},
     },
