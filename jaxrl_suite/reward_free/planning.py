@@ -159,7 +159,11 @@ def goal_value_errors(mdp: LinearMixtureMDP, exploration: Exploration, horizon: 
 
     Returns:
         [H, S], not negative; row 0 is 0.
+
+    Raises:
+        ValueError: the horizon is below 1.
     """
+    check(horizon >= 1, argument="horizon", value=horizon, rule="must be at least 1")
     claimed_kernel, true_kernel, successors = exploration.model, mdp.kernel(), mdp.successors
 
     def back(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], Array]:
@@ -168,7 +172,6 @@ def goal_value_errors(mdp: LinearMixtureMDP, exploration: Exploration, horizon: 
         truly = jnp.take_along_axis(_ahead(true_kernel, successors, true), action[:, None], axis=1)[:, 0]
         return (following, truly), jnp.abs(claimed - true)[mdp.start]
 
-    check(horizon >= 1, argument="horizon", value=horizon, rule="must be at least 1")
     goals = jnp.eye(mdp.num_states, dtype=claimed_kernel.dtype)
     _, errors = jax.lax.scan(back, (goals, goals), None, length=horizon)
     return errors
