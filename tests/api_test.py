@@ -19,6 +19,7 @@ FLOORS = {
     "types": set(),
     "config": set(),
     "extras": set(),
+    "memory": set(),
     "distributions": {"types", "config", "extras"},
     "mdp": {"types", "config", "extras", "distributions"},
     "testing": {"types", "config"},

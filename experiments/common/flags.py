@@ -34,6 +34,9 @@ class Settings(Config):
         0, help="virtual CPU devices; 0 takes what the study asks for, -1 the accelerators there are"
     )
     x64: bool | None = field(None, help="float64; none takes what the study asks for")
+    keep_memory: bool = field(
+        False, help="keep freed memory: training steps on a CPU take 5 to 9 % less time and a third more memory (Linux)"
+    )
     debug: bool = field(False, help="stop at the first NaN and at the first random key used twice")
     coordinator: str = field(
         "", help="host:port of the first of several processes, or auto under SLURM, Open MPI or GKE; empty for one"

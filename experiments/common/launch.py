@@ -14,6 +14,7 @@ from experiments.common.run import run_study
 from experiments.common.study import Result, Study, load_study, study_names
 from jaxrl_suite.io import processes
 from jaxrl_suite.io.checkpoint import CheckpointError
+from jaxrl_suite.memory import keep_memory
 
 
 def launch(family: str, arguments: Sequence[str] | None = None) -> None:
@@ -60,7 +61,7 @@ def launch_study(family: str, study: Study, arguments: Sequence[str]) -> None:
 
 
 def prepare_jax(study: Study, settings: Settings) -> None:
-    """Sets what JAX fixes when it starts: number of CPU devices and float64. Call it before the first array.
+    """Sets what is fixed when JAX starts: number of CPU devices, float64, memory. Call it before the first array.
 
     Raises:
         UsageError: JAX has started with fewer devices, or a module that the study needs is missing.
@@ -86,6 +87,8 @@ def prepare_jax(study: Study, settings: Settings) -> None:
                     f"{study.name} needs {devices} devices and JAX has started with {jax.device_count()}. "
                     f"Restart Python and call jax.config.update('jax_num_cpu_devices', {devices}) before anything else."
                 ) from None
+    if settings.keep_memory:
+        keep_memory()
     jax.config.update("jax_enable_x64", study.x64 if settings.x64 is None else settings.x64)
     if settings.debug:
         jax.config.update("jax_debug_nans", True)
