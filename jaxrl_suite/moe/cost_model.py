@@ -165,6 +165,7 @@ class Work(NamedTuple):
         expert_rows: rows of one expert on one device.
         expert_width: hidden columns of one expert on one device.
         hbm_bytes: traffic of permutation, activation functions and norms through the device's memory.
+        merge_bytes: traffic of adding one partial result of attention to another, each way; 0 where CP = 1.
         repeated_attention: 1 if the backward pass repeats the attention part of the forward pass, else 0.
         repeated_moe: the same for the MoE part.
         hides_weights: 1 if gathered weights travel behind products (TP = 1), else 0.
@@ -181,6 +182,7 @@ class Work(NamedTuple):
     expert_rows: float
     expert_width: float
     hbm_bytes: float
+    merge_bytes: float
     repeated_attention: float
     repeated_moe: float
     hides_weights: float
@@ -225,6 +227,7 @@ def device_work(model: LanguageModelConfig, folding: Folding, workload: Workload
         expert_rows=tokens * copies * folding.etp * folding.ep / model.num_experts,
         expert_width=model.routed_width / folding.etp,
         hbm_bytes=tokens / stages * _elementwise_bytes(model, copies, workload.recompute),
+        merge_bytes=tokens / stages * _merge_bytes(model) if folding.cp > 1 else 0.0,
         repeated_attention=float(workload.recompute == "full"),
         repeated_moe=float(workload.recompute in ("full", "moe")),
         hides_weights=float(folding.tp == 1),
@@ -233,6 +236,14 @@ def device_work(model: LanguageModelConfig, folding: Folding, workload: Workload
         num_devices=float(folding.num_ranks),
         model_flops=counted.train * workload.sequence * workload.global_batch,
     )
+
+
+def _merge_bytes(model: LanguageModelConfig) -> float:
+    """Bytes of a token, over all layers, to add one partial result to a float32 sum: 2 read, 4 read, 4 written.
+
+    Outputs in the forward pass, gradients of queries, keys and values in the backward pass.
+    """
+    return 10.0 * model.num_layers * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
 
 
 def _elementwise_bytes(model: LanguageModelConfig, copies: float, recompute: Recompute) -> float:

@@ -2,6 +2,7 @@
 
     micro-batch = dense FLOPs / (peak gemm) + core attention / (peak attention) + expert FLOPs / (peak gemm e)
                   + element-wise bytes / memory bandwidth + exposed TP, CP, EP, ETP, PP and weight traffic
+                  + CP > 1: unhidden merges of partial attention / memory bandwidth
     e           = r / (r + r0) · w / (w + w0)          r rows, w hidden columns of one expert on one device
     step        = m · micro-batch · (1 + (PP - 1) / (m v)) + exposed gradient traffic
 
@@ -41,6 +42,8 @@ class Constants(NamedTuple):
     memory: fraction of the memory bandwidth that permutation, norms and activations reach.
     tp_exposed: part of the tensor-parallel traffic that is not hidden behind products.
     cp_exposed: part of the context traffic that is not hidden behind core attention.
+    cp_merges: what attention over context ranks adds to a layer whatever their number, in units of one merge of a
+        partial result that nothing hides. Fitted to one model's rows from 16,384 tokens on.
     weights_hidden: part of a micro-batch behind which the traffic of sharded weights can hide where TP = 1. With
         tensor parallelism nothing is hidden, since its own traffic needs the products in a fixed order.
     gradients_exposed: part of the gradient traffic at the end of a step that is not hidden.
@@ -56,6 +59,7 @@ class Constants(NamedTuple):
     memory: Number = 0.8
     tp_exposed: Number = 0.68
     cp_exposed: Number = 0.5
+    cp_merges: Number = 1.0
     weights_hidden: Number = 0.5
     gradients_exposed: Number = 0.5
     interleave: Number = 1.9
@@ -79,7 +83,7 @@ class StepTime(NamedTuple):
         elementwise: permutation, norms, activation functions.
         recompute: products that the backward pass repeats.
         tp: exposed tensor-parallel traffic.
-        cp: exposed context traffic.
+        cp: exposed context traffic, and the element-wise work that context parallelism adds.
         ep: exchange of tokens.
         etp: traffic inside expert tensor groups.
         pp: activations between stages.
@@ -150,16 +154,17 @@ def step_time(counts: Counts, constants: Constants, hardware: Hardware) -> StepT
     width = work.expert_width / (work.expert_width + constants.half_width)
     projections, experts = work.projection_flops / rate, work.expert_flops / (rate * rows * width)
     attention = work.attention_flops / (hardware.peak_flops * constants.attention)
+    memory_rate = hardware.memory_bandwidth * constants.memory
     repeated = (work.repeated_attention * (projections + attention) + work.repeated_moe * experts) / 3
     micro = StepTime(
         projections=projections,
         head=work.head_flops / rate,
         attention=attention,
         experts=experts,
-        elementwise=work.hbm_bytes / (hardware.memory_bandwidth * constants.memory),
+        elementwise=work.hbm_bytes / memory_rate,
         recompute=repeated,
         tp=constants.tp_exposed * seconds(sent.tp),
-        cp=constants.cp_exposed * seconds(sent.cp),
+        cp=constants.cp_exposed * seconds(sent.cp) + constants.cp_merges * work.merge_bytes / memory_rate,
         ep=seconds(sent.ep),
         etp=seconds(sent.etp),
         pp=seconds(sent.pp),

@@ -21,7 +21,7 @@ PARTS = {
     "elementwise": "permutation, norms and activations through device memory",
     "recompute": "repeated products",
     "tp": "tensor-parallel traffic",
-    "cp": "keys and values between context ranks",
+    "cp": "keys and values between context ranks, and joining their results",
     "ep": "exchange of tokens between expert ranks",
     "etp": "traffic inside expert tensor groups",
     "pp": "activations between stages",

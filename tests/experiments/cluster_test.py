@@ -62,7 +62,7 @@ def test_joint_fit(fitted):
     """
     rows, found = fitted
     tables, _, _ = columns(rows)
-    for table, error, correlation in ((3, 0.045, 0.99), (4, 0.045, 0.985), (5, 0.052, 0.93)):
+    for table, error, correlation in ((3, 0.045, 0.99), (4, 0.045, 0.985), (5, 0.02, 0.93)):
         chosen = tables == table
         assert found.errors[chosen].mean() < error, table
         assert rank_correlation(found.predicted[chosen], rows.measured[chosen]) > correlation, table
@@ -139,12 +139,13 @@ def test_published_folded_mappings_beat_their_unfolded_form():
 
 
 def test_search_of_the_paper_is_reproduced():
-    """The paper's folded mapping of each model among all that fit: first 5 %, and first four with its own settings.
+    """The paper's folded mapping of each model among all that fit: first 1 %, and first four with its own settings.
 
     Its own settings are CP = 1 at 4,096 tokens, nothing recomputed, weights at the output of experts; there it is
-    within 4 % of the best. Among all it is so for Mixtral alone; the others are 6 to 10 % from a mapping with CP > 1,
-    which the paper did not search.
+    within 4 % of the best. Among all it is so for Mixtral and Qwen2; Llama3 is 4.1 % from a mapping with CP = 8, and
+    G8T8 6.0 % from TP = 2, which with weights at the output of experts does not fit.
     """
+    limits = {"mixtral-8x22b": 1.0001, "qwen2-57b-a14b": 1.04, "mixtral-8x22b-g8t8": 1.062, "llama3-8x70b": 1.043}
     for row in table_3():
         if row.method != METHODS[-1]:
             continue
@@ -152,9 +153,11 @@ def test_search_of_the_paper_is_reproduced():
         everything = plan(model, row.num_devices, workload_of(row)).fitting
         (place,) = [i for i, c in enumerate(everything) if (c.folding, c.workload.sharding) == (row.folding, "zero1")]
         behind = everything[place].seconds.total / everything[0].seconds.total
-        assert place < 0.05 * len(everything), row
-        assert behind < (1.04 if row.model == "mixtral-8x22b" else 1.1), row
-        assert behind < 1.04 or everything[0].folding.cp > 1, row
+        assert place < 0.01 * len(everything), row
+        assert behind < limits[row.model], row
+        if row.model == "mixtral-8x22b-g8t8":
+            best = everything[0]
+            assert device_memory(model, best.folding, best.workload.replace(weigh_output=True)).total > 80e9
         step = workload_of(row, weigh_output=True)
         searched = plan(model, row.num_devices, step, recompute="none", shardings=("zero1",)).fitting
         own = [c for c in searched if c.folding.cp == 1]
@@ -222,14 +225,14 @@ def test_plan_compares_a_named_folding_and_writes_json(capsys):
 
 def test_plan_says_what_rests_on_no_published_row():
     """CP > 1 is published from 16,384 tokens on; a ranking led by it below that says so, and what leads without."""
-    model = MODELS["qwen2-57b-a14b"]
-    fitting = plan(model, 64, Workload(global_batch=256)).fitting
+    model = MODELS["llama3-8x70b"]
+    fitting = plan(model, 256, Workload(global_batch=256)).fitting
     plain = next(candidate for candidate in fitting if candidate.folding.cp == 1)
     assert fitting[0].folding.cp > 1
     text = beyond_published(fitting)
     assert "below 16,384 tokens" in text and f"{fitting.index(plain) + 1}. {plain.folding}, " in text
     gap = plain.seconds.tp - fitting[0].seconds.tp
-    assert gap > 0 and f"more on tensor-parallel traffic ({gap:+.2f} s)" in text
+    assert gap > 0 and f"tensor-parallel traffic ({gap:+.2f} s)" in text.partition(" and less on ")[0]
     assert beyond_published(fitting, measured=4096) == "" and beyond_published([plain, fitting[0]]) == ""
     assert difference(plain, plain) == "it takes the same."
 

@@ -201,6 +201,21 @@ def test_time_parts_add_up_and_are_positive():
     assert 0.4 < mfu < 0.6
 
 
+def test_context_parallelism_adds_the_merge_of_partial_results():
+    """2 bytes read, 4 read and 4 written of outputs, and of the gradients of queries, keys and values; once a layer."""
+    model, folding = FOLDED["mixtral"]
+    split = folding.replace(tp=1, cp=2)
+    work = counts_of(model, split, Workload()).work
+    elements = 4096 / 2 * 128 * (48 + 48 + 2 * 8)  # tokens of a rank, head size, outputs and gradients of heads
+    assert work.merge_bytes == pytest.approx(10 * elements * 56 / 8) and counts().work.merge_bytes == 0
+    added = [
+        step_time(counts_of(model, split, Workload()), PAPER_CONSTANTS._replace(cp_merges=merges), Hardware())
+        for merges in (0.0, 3.0)
+    ]
+    rate = Hardware().memory_bandwidth * PAPER_CONSTANTS.memory
+    assert added[1].cp - added[0].cp == pytest.approx(3 * 32 * work.merge_bytes / rate)
+
+
 def test_recomputation_costs_time():
     times = [step_time(counts(recompute=level), PAPER_CONSTANTS, Hardware()).total for level in RECOMPUTE]
     assert times == sorted(times) and times[3] < 4 / 3 * times[0]
