@@ -17,6 +17,7 @@ from experiments.alignment.arithmetic_run import (
     supervised_start,
     train_run,
 )
+from experiments.alignment.comparison import median_steps, steps_to_reach
 from experiments.alignment.presets import PRESETS
 from experiments.alignment.rules import RULES, make_rule
 from experiments.common.study import Result, Study
@@ -73,6 +74,12 @@ def run(run: "Run") -> Result:
         summary[f"{name}/final_hypervolume"] = float(np.prod(found["points"][:, -1], axis=1).mean())
         for index, objective in enumerate(OBJECTIVES):
             summary[f"{name}/final_{objective}"] = float(final[index])
+    if "fixed" in config.rules:
+        level = arrays["fixed/hypervolume"][:, -1]
+        for name in config.rules:
+            steps = steps_to_reach(arrays[f"{name}/hypervolume"], level, config.eval_every)
+            summary[f"{name}/steps_to_fixed_front"] = median_steps(steps)
+            summary[f"{name}/runs_reaching_it"] = int(np.isfinite(steps).sum())
     return Result(summary, arrays)
 
 

@@ -1,6 +1,7 @@
-"""One training run on sums, compiled whole: the supervised start, rollouts under a weight rule, evaluated checkpoints.
+"""One training run on arithmetic, compiled whole: supervised start, rollouts under a rule, evaluated checkpoints.
 
-Shared by the studies ``arithmetic`` (rules side by side) and ``dynamic_against_fixed`` (the seeds protocol).
+Shared by the studies ``arithmetic`` (rules side by side), ``families`` (models and tasks side by side) and
+``dynamic_against_fixed`` (the seeds protocol).
 """
 
 import dataclasses
@@ -18,6 +19,11 @@ from jaxrl_suite.pareto import WeightRule, archive_insert, init_archive
 from jaxrl_suite.types import Array, Policy
 
 OBJECTIVES = ("accuracy", "conciseness", "clarity")
+FAMILIES: dict[str, dict[str, Any]] = {  # what of the decoder tells families of dense models apart
+    "llama": {},
+    "qwen2": {"qkv_bias": True, "rope_theta": 1e6, "norm_eps": 1e-6},
+    "qwen3": {"qk_norm": True, "rope_theta": 1e6, "norm_eps": 1e-6},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +31,9 @@ class ArithmeticSizes(Config):
     """Model, supervised start, and length of every run; all runs that are compared share them."""
 
     estimator: Literal["grpo", "dr_grpo", "rloo", "reinforce"] = field("grpo", help="how advantages are estimated")
-    digits: int = field(2, help="digits of each summand, 1 or 2")
+    family: Literal["llama", "qwen2", "qwen3"] = field("llama", help="family of the model")
+    operation: task.Operation = field("sums", help="what is asked: sums, or products with a factor of one digit")
+    digits: int = field(2, help="digits of each summand or of the first factor, 1 or 2")
     width: int = field(64, help="width of the model")
     num_layers: int = field(2, help="layers of the model")
     model_seed: int = field(0, help="seed of the supervised start, which all runs share")
@@ -71,7 +79,7 @@ def make_model(config: ArithmeticSizes) -> lm.LanguageModel:
     """The small model from scratch; vocabulary of 16."""
     return lm.LanguageModel(lm.LanguageModelConfig(
         vocab_size=task.VOCABULARY, width=config.width, num_layers=config.num_layers, num_heads=4, num_kv_heads=2,
-        head_dim=16, ffn_width=2 * config.width,
+        head_dim=16, ffn_width=2 * config.width, family=config.family, **FAMILIES[config.family],
     ))  # fmt: skip
 
 
@@ -84,7 +92,9 @@ def supervised_start(config: ArithmeticSizes) -> dict[str, np.ndarray]:
 
     def step(carry: tuple[Any, Any], t: Array) -> tuple[tuple[Any, Any], Array]:
         params, state = carry
-        batch = task.supervised_batch(jax.random.fold_in(data_key, t), 128, digits=config.digits)
+        batch = task.supervised_batch(
+            jax.random.fold_in(data_key, t), 128, digits=config.digits, operation=config.operation
+        )
         loss, gradient = jax.value_and_grad(lm.supervised_loss)(params, batch, config=model.config)
         updates, state = optimizer.update(gradient, state, params)
         return (optax.apply_updates(params, updates), state), loss
@@ -118,16 +128,17 @@ def make_trainer(
     )
 
 
-def _point(prompts: Array, generation: Any) -> Array:
-    correct, length, clear = task.objectives_of(prompts, generation.tokens, generation.mask)
+def _point(prompts: Array, generation: Any, operation: task.Operation) -> Array:
+    correct, length, clear = task.objectives_of(prompts, generation.tokens, generation.mask, operation)
     return jnp.stack([jnp.mean(correct), 1 - jnp.mean(length) / task.COMPLETION_LENGTH, jnp.mean(clear)])
 
 
 def _evaluate(trainer: alignment.Trainer, config: ArithmeticSizes, params: Any, key: Array) -> Array:
     prompt_key, sample_key = jax.random.split(key)
-    prompts, mask = task.draw_prompts(prompt_key, config.num_eval, digits=config.digits)
+    prompts, mask = task.draw_prompts(prompt_key, config.num_eval, digits=config.digits, operation=config.operation)
     ids = jnp.arange(config.num_eval, dtype=jnp.int32)
-    return _point(prompts, trainer.policy.generate(sample_key, params, prompts, mask, ids, trainer.sampling))
+    generation = trainer.policy.generate(sample_key, params, prompts, mask, ids, trainer.sampling)
+    return _point(prompts, generation, config.operation)
 
 
 def train_run(trainer: alignment.Trainer, config: ArithmeticSizes, params: Any, key: Array) -> Trace:
@@ -143,14 +154,16 @@ def train_run(trainer: alignment.Trainer, config: ArithmeticSizes, params: Any, 
     def step(carry: tuple[Any, Array], _: None) -> tuple[tuple[Any, Array], tuple[Array, Array]]:
         state, tokens = carry
         step_key = jax.random.fold_in(prompt_key, state.step)
-        prompts, mask = task.draw_prompts(step_key, config.num_prompts, digits=config.digits)
+        prompts, mask = task.draw_prompts(
+            step_key, config.num_prompts, digits=config.digits, operation=config.operation
+        )
         repeated = jnp.repeat(prompts, config.group_size, axis=0)
         generation = alignment.rollout(trainer, state, prompts, mask)
         lengths = alignment.update_running_mean(state.lengths, jnp.sum(generation.mask, axis=1))
-        rewards = task.rewards_of(repeated, generation.tokens, generation.mask, lengths)
+        rewards = task.rewards_of(repeated, generation.tokens, generation.mask, lengths, config.operation)
         state, metrics = alignment.update(
             trainer, state, prompts, mask, generation, rewards.reshape(3, config.num_prompts, config.group_size),
-            objectives=_point(repeated, generation),
+            objectives=_point(repeated, generation, config.operation),
         )  # fmt: skip
         return (state, tokens + jnp.sum(generation.mask)), (metrics.weights, metrics.reward_mean)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,9 @@ from experiments.alignment.arithmetic_run import (
     supervised_start,
     train_run,
 )
+from experiments.alignment.comparison import at_tokens, interval
 from experiments.alignment.presets import PRESETS
-from experiments.alignment.rules import sweep_weights
+from experiments.alignment.rules import CANDIDATES, check_candidates
 from experiments.common.study import Result, Study
 from jaxrl_suite import pareto
 from jaxrl_suite.config import check, field
@@ -32,22 +32,6 @@ if TYPE_CHECKING:
 
 # All weightings in thirds: the corners, the points of the edges and the middle.
 FIXED = np.array([(i, j, 3 - i - j) for i in range(4) for j in range(4 - i)], np.float32) / 3
-
-# name -> rule(setting, number of steps); a setting is traced, so that a family is compiled once.
-CANDIDATES: dict[str, Callable[[Array, int], pareto.WeightRule]] = {
-    "influence": lambda s, n: pareto.influence_weights(_equal(), s),
-    "tchebycheff": lambda s, n: pareto.tchebycheff_weights(_equal(), jnp.ones(3), temperature=s),
-    "hypervolume_gradient": lambda s, n: pareto.hypervolume_gradient_weights(
-        _equal(), jnp.zeros(3), capacity=32, mixing=s
-    ),
-    "hypervolume_gain": lambda s, n: pareto.hypervolume_gain_weights(_equal(), capacity=32, scale=jnp.full(3, s)),
-    "saw": lambda s, n: pareto.saw_weights(_equal(), decay=s),
-    "sweep": lambda s, n: sweep_weights(_equal(), s, n),
-}
-
-
-def _equal() -> Array:
-    return jnp.full(3, 1 / 3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,20 +53,9 @@ class ProtocolConfig(ArithmeticSizes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for candidate in self.candidates:
-            name, _, setting = candidate.partition(":")
-            check(_is_number(setting), argument="candidates", value=candidate, rule="must read name:number")
-            check(name in CANDIDATES, argument="candidates", value=candidate, rule="unknown rule",
-                  remedy=f"Rules: {', '.join(CANDIDATES)}")  # fmt: skip
+        check_candidates("candidates", self.candidates)
         check(self.tuning_seeds >= 1, argument="tuning_seeds", value=self.tuning_seeds, rule="must be positive")
         check(self.test_seeds >= 2, argument="test_seeds", value=self.test_seeds, rule="an interval needs two seeds")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 class _Runs:
@@ -127,36 +100,12 @@ class _Runs:
         return self._stage(name, seeds, lambda key: self._dynamic[family](key, *pair))
 
 
-def at_tokens(traces: Mapping[str, np.ndarray], budget: np.ndarray) -> np.ndarray:
-    """Hypervolume of each run's archive at its first checkpoint with at least that many tokens, or its last one.
-
-    Args:
-        traces: "hypervolume" and "tokens" [N, C].
-        budget: [N], tokens.
-
-    Returns:
-        [N].
-    """
-    reached = traces["tokens"] >= budget[:, None]
-    index = np.where(reached.any(1), reached.argmax(1), reached.shape[1] - 1)
-    return traces["hypervolume"][np.arange(len(index)), index]
-
-
 def union_hypervolume(traces: list[np.ndarray]) -> float:
     """Hypervolume above 0 of all checkpoints of several runs, each [C, 3]."""
     return float(_hypervolume(jnp.asarray(np.concatenate(traces))))
 
 
 _hypervolume = jax.jit(lambda points: pareto.hypervolume(points, jnp.zeros(3)))
-
-
-def interval(differences: np.ndarray) -> tuple[float, float, float]:
-    """Mean and 95 % interval of Student's t of paired differences [N]."""
-    from scipy import stats
-
-    mean, number = float(differences.mean()), len(differences)
-    half = float(stats.t.ppf(0.975, number - 1) * differences.std(ddof=1) / np.sqrt(number))
-    return mean, mean - half, mean + half
 
 
 def _best_triple(fixed: list[dict[str, np.ndarray]], num_seeds: int) -> tuple[tuple[int, ...], np.ndarray]:

@@ -1,6 +1,7 @@
 """Weight rules by name, with settings that suit objectives scaled to [0, 1]."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -61,6 +62,43 @@ RULES: dict[str, Callable[[Array, Any, int], pareto.WeightRule]] = {
     "sweep": lambda w, rate, n: sweep_weights(w, 1.0, n),
     "famo": lambda w, rate, n: pareto.famo_weights(w, jnp.full_like(w, 1.01)),
 }
+
+# name -> rule(setting, number of steps) from equal weights of three objectives; a setting is traced, so that a family
+# of settings is compiled once.
+CANDIDATES: dict[str, Callable[[Array, int], pareto.WeightRule]] = {
+    "influence": lambda s, n: pareto.influence_weights(_equal(), s),
+    "tchebycheff": lambda s, n: pareto.tchebycheff_weights(_equal(), jnp.ones(3), temperature=s),
+    "hypervolume_gradient": lambda s, n: pareto.hypervolume_gradient_weights(
+        _equal(), jnp.zeros(3), capacity=32, mixing=s
+    ),
+    "hypervolume_gain": lambda s, n: pareto.hypervolume_gain_weights(_equal(), capacity=32, scale=jnp.full(3, s)),
+    "saw": lambda s, n: pareto.saw_weights(_equal(), decay=s),
+    "sweep": lambda s, n: sweep_weights(_equal(), s, n),
+}
+
+
+def _equal() -> Array:
+    return jnp.full(3, 1 / 3)
+
+
+def check_candidates(argument: str, candidates: Iterable[str]) -> None:
+    """Checks that each reads ``name:number`` with a name of ``CANDIDATES``.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for candidate in candidates:
+        name, _, setting = candidate.partition(":")
+        check(_is_number(setting), argument=argument, value=candidate, rule="must read name:number")
+        check(name in CANDIDATES, argument=argument, value=candidate, rule="unknown rule",
+              remedy=f"Rules: {', '.join(CANDIDATES)}")  # fmt: skip
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def make_rule(name: str, weights: Array, *, rate: Any, num_steps: int) -> pareto.WeightRule:

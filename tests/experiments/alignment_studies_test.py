@@ -1,0 +1,116 @@
+"""The studies of alignment: the language of sums and products, runs compared, answers judged by their last number."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from experiments.alignment import arithmetic_task as task
+from experiments.alignment.arithmetic_run import ArithmeticSizes, make_model
+from experiments.alignment.comparison import at_tokens, interval, median_steps, steps_to_reach
+from experiments.alignment.families import FamiliesConfig, _compare
+from experiments.alignment.own_data import OwnDataConfig, _load_task
+
+
+def _row(text):
+    return [int(c) if c.isdigit() else {"o": 10, "=": 11, ";": 12, ">": 13, ".": 14, "_": 15}[c] for c in text]
+
+
+@pytest.mark.parametrize(
+    ("operation", "prompt", "right", "sum_for_product"),
+    [("sums", "37o25=", ";21;50>260.", ">521."), ("products", "37o05=", ";53;51>581.", ">240.")],
+)
+def test_a_worked_example_of_each_operation(operation, prompt, right, sum_for_product):
+    texts = [right, right[-5:], sum_for_product, right[:-1] + "_"]
+    tokens = np.full((4, task.COMPLETION_LENGTH), task.PAD)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = _row(text)
+    prompts = jnp.tile(jnp.array(_row(prompt)), (4, 1))
+    correct, length, clear = task.objectives_of(
+        prompts, jnp.asarray(tokens), jnp.asarray(tokens != task.PAD), operation
+    )
+    np.testing.assert_array_equal(correct, [1, 1, 0, 0])  # the last one never stops
+    np.testing.assert_array_equal(length, [11, 5, 5, 10])
+    np.testing.assert_array_equal(clear, [1, 0, 0, 1])
+
+
+@pytest.mark.parametrize("operation", ["sums", "products"])
+@pytest.mark.parametrize("digits", [1, 2])
+def test_supervised_traces_are_right_and_vary_in_length(operation, digits):
+    batch = task.supervised_batch(jax.random.key(digits), 256, digits=digits, operation=operation)
+    prompts, completions = batch.tokens[:, : task.PROMPT_LENGTH], batch.tokens[:, task.PROMPT_LENGTH :]
+    correct, length, clear = task.objectives_of(prompts, completions, completions != task.PAD, operation)
+    assert float(correct.min()) == 1
+    assert set(np.unique(length)) == {5, 8, 11, 14, 17} and 0.5 < float(clear.mean()) < 0.7
+    a, b = (10 * prompts[:, i] + prompts[:, i + 1] for i in (0, 3))
+    assert int(a.max()) >= 10 ** (digits - 1) and int(b.max()) < (10 if operation == "products" else 10**digits)
+    result = a * b if operation == "products" else a + b
+    np.testing.assert_array_equal(task.answer_digits(prompts, operation) @ jnp.array([1, 10, 100]), result)
+
+
+def test_families_differ_in_their_parameters():
+    shapes = {name: make_model(ArithmeticSizes(family=name)).config for name in ("llama", "qwen2", "qwen3")}
+    assert (shapes["qwen3"].qk_norm, shapes["qwen2"].qkv_bias) == (True, True)
+    assert not shapes["llama"].qk_norm and not shapes["llama"].qkv_bias
+
+
+def test_runs_are_compared_at_equal_tokens_and_in_steps():
+    traces = {
+        "hypervolume": np.array([[0.1, 0.2, 0.4], [0.1, 0.3, 0.3]]),
+        "tokens": np.array([[0, 10, 20], [0, 8, 16]]),
+    }
+    np.testing.assert_array_equal(at_tokens(traces, np.array([10, 9])), [0.2, 0.3])
+    np.testing.assert_array_equal(at_tokens(traces, np.array([99, 0])), [0.4, 0.1])  # never reached: its last one
+    steps = steps_to_reach(traces["hypervolume"], np.array([0.2, 0.35]), 5)
+    np.testing.assert_array_equal(steps, [5, np.inf])
+    assert median_steps(steps) is None and median_steps(np.array([5.0, 10.0, np.inf])) == 10
+    mean, low, high = interval(np.array([0.0, 2.0]))
+    assert mean == 1 and np.isclose(high - mean, 12.7062) and np.isclose(mean - low, 12.7062)  # t(0.975, 1 degree)
+
+
+def test_a_rule_is_compared_with_the_fixed_run_of_its_seed():
+    config = FamiliesConfig(num_steps=2, eval_every=1, num_repeats=2)
+    fixed = {
+        "hypervolume": np.array([[0.1, 0.2, 0.2, 0.5], [0.1, 0.1, 0.3, 0.3]]),
+        "tokens": np.array([[0, 5, 10, 15]] * 2),
+    }
+    rule = {"hypervolume": np.array([[0.1, 0.1, 0.6], [0.1, 0.2, 0.2]]), "tokens": np.array([[0, 6, 12]] * 2)}
+    found = _compare(config, {"fixed": fixed, "saw": rule})
+    np.testing.assert_allclose(found["saw"]["difference"], [0.1, -0.1])  # 12 tokens: the fixed run's last checkpoint
+    np.testing.assert_array_equal(found["saw"]["steps"], [2, np.inf])
+    np.testing.assert_array_equal(found["fixed"]["steps"], [1, 2])
+    np.testing.assert_allclose(found["fixed"]["share"], [0.2, 0.3])  # after as many steps as the rule had
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"families": ("gpt",)}, "families='gpt': must be one of llama, qwen2, qwen3"),
+        ({"operations": ("sines",)}, "operations='sines'"),
+        ({"rules": ("saw",)}, "must read name:number"),
+        ({"rules": ("best:1",)}, "unknown rule"),
+        ({"rules": ("saw:0.9", "saw:0.5")}, "must name each rule once"),
+        ({"num_repeats": 1}, "an interval needs two runs"),
+    ],
+)
+def test_bad_tables_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        FamiliesConfig(**values)
+
+
+def test_the_last_number_may_be_the_answer_to_own_data(tmp_path):
+    path = tmp_path / "four.parquet"
+    table = {"prompt": ["a", "b", None, "c"], "answer": ["1,007", "\\frac{1}{2}", "4", "-3"]}
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
+    questions = _load_task(OwnDataConfig(data=str(path), judge="last_number"))
+    assert list(questions.columns["answer"]) == ["1007", "-3"] and len(questions.prompts) == 2
+    assert questions.skipped == {"no prompt": [2], "answer is no number": [1]}
+    texts = ["It is 7, no, 1,007.0", "3"]
+    assert questions.accuracy(questions.prompts, texts, **questions.columns) == [1.0, 0.0]
+    assert questions.accuracy(questions.prompts, ["none", "so -3."], **questions.columns) == [0.0, 1.0]
+    boxed = _load_task(OwnDataConfig(data=str(path)))  # as published: the last box
+    assert boxed.accuracy(["a"], ["\\boxed{-3}"], answer=["-3"]) == [1.0] and len(boxed.prompts) == 3
+    with pytest.raises(ValueError, match="judge='whole': must be boxed or last_number with --data"):
+        OwnDataConfig(data=str(path), judge="whole")
