@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from jaxrl_suite.lm import parameter_shapes
 from jaxrl_suite.moe.atoms import groups_of
 from jaxrl_suite.moe.capacity import expert_capacity
@@ -37,8 +39,8 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
 
     Each step gathers the stored weights (matrices in the dtype of products, all else as stored) and scatters their
     gradients: with ZeRO-1 once; with FSDP at each micro-batch, and weights of layers as often as these run forward.
-    Gradients of weights that no dimension splits are summed over the data ranks; of the two tables each rank sums its
-    share over the stages besides.
+    Where no dimension divides by all data ranks, over those by which one does, and gradients of the shares are summed
+    over the others once; of the two tables each rank sums its share over the stages besides.
 
     Raises:
         ValueError: dispatch, schedule, sharding or context kernel other than drop_pad, 1f1b, zero1 (without a pipeline
@@ -56,7 +58,7 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
     whole = tokens * model.width  # numbers of a micro-batch between layers, over all tensor ranks
     sent: dict[Key, float] = {}
 
-    def add(kind: str, role: str, size: float) -> None:
+    def add(kind: str, role: str | tuple[str, ...], size: float) -> None:
         groups = [list(map(int, group)) for group in _groups(folding, role)]
         if size and len(groups[0]) > 1:
             first = groups[0][:2] if kind == "collective-permute" else groups[0][:8]
@@ -93,8 +95,13 @@ def _check(config: MoEConfig, folding: Folding) -> None:
             raise ValueError(f"{name}={getattr(config, name)!r}: bytes are declared for {' or '.join(allowed)} only.")
 
 
-def _groups(folding: Folding, role: str) -> list[list[int]]:
-    """Groups of one of the seven roles, of all data ranks ("dense"), or of whole stages ("stage")."""
+def _groups(folding: Folding, role: str | tuple[str, ...]) -> list[list[int]]:
+    """Groups of one of the seven roles, of all data ranks ("dense"), of whole stages ("stage"), or over some atoms."""
+    if isinstance(role, tuple):
+        sizes = (folding.pp, *folding.atoms.sizes)
+        axes = [1 + folding.atoms.names.index(atom) for atom in role]
+        ranks = np.moveaxis(np.arange(math.prod(sizes)).reshape(sizes), axes, range(-len(axes), 0))
+        return ranks.reshape(-1, math.prod(sizes[axis] for axis in axes)).tolist()
     data = folding.cp * folding.dp
     if role == "dense":
         return groups_of(1, [folding.tp, data, folding.pp])
@@ -103,24 +110,27 @@ def _groups(folding: Folding, role: str) -> list[list[int]]:
 
 def _of_weight(
     path: str, place: Placement, config: MoEConfig, folding: Folding, wide: int
-) -> Iterator[tuple[str, str, float]]:
+) -> Iterator[tuple[str, str | tuple[str, ...], float]]:
     """Kind, role and bytes of what a device sends for one float32 weight in a step."""
     shape = parameter_shapes(config.model)[path]
     axes = [axis for axis in logical_axes(path, config.model, folding.tp) if axis]
     local = math.prod(shape) / math.prod(getattr(folding, axis) for axis in axes)
-    role, degree = ("edp", folding.edp) if place.is_expert else ("dense", folding.dp * folding.cp)
-    share = (degree - 1) / degree
+    role = "edp" if place.is_expert else "dense"
+    degree = len(_groups(folding, place.gather)[0])
     if place.gather:
         forth, back = _turns(path, config)
-        yield "all-gather", role, forth * share * local * (wide if is_multiplied(path) else 4)
-        yield "reduce-scatter", role, back * share * local * 4
+        share = (degree - 1) / degree
+        yield "all-gather", place.gather, forth * share * local * (wide if is_multiplied(path) else 4)
+        yield "reduce-scatter", place.gather, back * share * local * 4
+        rest = tuple(atom for atom in folding.roles[role] if atom not in place.gather)
+        others = len(_groups(folding, rest)[0])
+        yield "all-reduce", rest, 2 * (others - 1) / others * local / degree * 4
     else:
         role = role if place.is_expert or folding.tp == 1 or "tp" in axes else "stage"
         size = len(_groups(folding, role)[0])
         yield "all-reduce", role, 2 * (size - 1) / size * local * 4
     if "pp" not in axes:  # the same on all stages
-        held = local / degree if place.gather else local
-        yield "all-reduce", "pp", 2 * (folding.pp - 1) / folding.pp * held * 4
+        yield "all-reduce", "pp", 2 * (folding.pp - 1) / folding.pp * local / degree * 4
 
 
 def _turns(path: str, config: MoEConfig) -> tuple[int, int]:

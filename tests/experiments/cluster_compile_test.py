@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -28,7 +29,9 @@ from jaxrl_suite.moe.cost_model import Workload
 from jaxrl_suite.moe.cost_traffic import layer_bytes
 from jaxrl_suite.moe.folding import Folding
 from jaxrl_suite.moe.hardware import Hardware
+from jaxrl_suite.moe.partition import placements
 from jaxrl_suite.moe.planner import plan
+from jaxrl_suite.moe.verify import compile_gradients, make_problem, relative_errors
 
 
 @pytest.mark.slow
@@ -100,12 +103,36 @@ def test_fsdp_moves_the_weights_of_a_layer_three_times_a_micro_batch():
     qwen = config.replace(model=MODELS["qwen2-57b-a14b"].replace(param_dtype="float32", compute_dtype="bfloat16"))
     summed = declared_traffic(qwen.replace(num_microbatches=1), wide, sequence=4096, global_batch=1024)
     tables, attention = 2 * 151936 * 3584, 28 * 3584 * 2 * (3584 + 512)  # 1,024 divides none of their dimensions
-    assert summed["all-reduce", tuple(range(8))] == pytest.approx(2 * 4 * (tables + attention), rel=0.01)
+    whole, far = tables + attention, tuple(range(0, 64, 8))  # 128 does: split over nodes, the eight of a node hold one
+    assert summed["all-reduce", tuple(range(8))] == pytest.approx(2 * 7 / 8 * 4 * whole / 128, rel=0.01)
+    experts = 28 * 8 * 3 * 3584 * 2560  # of a rank, split over the same 128
+    shared = 28 * 3 * 3584 * 20480
+    assert summed["reduce-scatter", far] == pytest.approx(127 / 128 * 4 * (whole + experts), rel=0.01)
+    assert summed["reduce-scatter", tuple(range(8))] == pytest.approx(1023 / 1024 * 4 * shared, rel=0.01)
     with pytest.raises(ValueError, match="sharding='fsdp': bytes are declared for zero1 only"):
         piped = config.replace(schedule="1f1b")
         declared_traffic(
             piped, Folding.parse("attention=tp2.dp8 experts=ep8.edp2 pipeline=8"), sequence=64, global_batch=8
         )
+
+
+@pytest.mark.parametrize("sharding", ["fsdp", "zero1"])
+def test_dimensions_that_not_all_data_ranks_divide_are_split_over_some(sharding):
+    """Eight data ranks and arrays that four divide: a quarter each, gradients those of one device."""
+    folding = Folding.parse("attention=dp8 experts=ep2.edp4", 8)
+    model = named_config("mixtral-8x7b", num_layers=2, width=36, num_heads=4, num_kv_heads=4, head_dim=12,
+                         ffn_width=36, vocab_size=44, num_experts=2)  # fmt: skip
+    config = MoEConfig(model=model, sharding=sharding, block_rows=16)
+    for path, place in placements(config, folding).items():
+        split = math.prod(dict(zip(folding.atoms.names, folding.atoms.sizes))[atom] for atom in place.gather)
+        assert split == 4, path
+    problem = make_problem(jax.random.key(0), config.replace(sharding="none"), 8, 16)
+    compiled, state = compile_gradients(config, folding, problem)
+    query = state.params["layers"]["attention"]["query"]
+    assert query.addressable_shards[0].data.size == query.size // 4
+    gradients, parts = compiled(state.params, problem.batch)
+    assert abs(float(parts.loss) - problem.loss) <= 1e-5 * problem.loss
+    assert max(relative_errors(gradients, problem.gradients).values()) <= 1e-5
 
 
 def test_combined_asynchronous_collectives_count_whole():
