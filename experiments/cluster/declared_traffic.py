@@ -38,13 +38,12 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
         PP   A / TP forward and as much backward
 
     Each step gathers the stored weights (matrices in the dtype of products, all else as stored) and scatters their
-    gradients: with ZeRO-1 once; with FSDP at each micro-batch, and weights of layers as often as these run forward.
+    gradients: with ZeRO-1 once; with FSDP in each time, weights of layers as often as these run forward.
     Where no dimension divides by all data ranks, over those by which one does, and gradients of the shares are summed
     over the others once; of the two tables each rank sums its share over the stages besides.
 
     Raises:
-        ValueError: dispatch, schedule, sharding or context kernel other than drop_pad, 1f1b, zero1 (without a pipeline
-            also fsdp) and ring.
+        ValueError: dispatch, schedule, sharding or context kernel other than drop_pad, 1f1b, zero1 or fsdp, and ring.
     """
     _check(config, folding)
     model, stages = config.model, folding.pp
@@ -88,7 +87,7 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
 
 def _check(config: MoEConfig, folding: Folding) -> None:
     wanted = {"dispatch": ("drop_pad",), "sharding": ("zero1", "fsdp"), "remat": ("none", "full")}
-    wanted |= {"schedule": ("1f1b",), "sharding": ("zero1",)} if folding.pp > 1 else {}
+    wanted |= {"schedule": ("1f1b",)} if folding.pp > 1 else {}
     wanted |= {"context": ("ring",)} if folding.cp > 1 else {}
     for name, allowed in wanted.items():
         if getattr(config, name) not in allowed:
@@ -118,7 +117,7 @@ def _of_weight(
     role = "edp" if place.is_expert else "dense"
     degree = len(_groups(folding, place.gather)[0])
     if place.gather:
-        forth, back = _turns(path, config)
+        forth, back = _turns(path, config, folding.pp)
         share = (degree - 1) / degree
         yield "all-gather", place.gather, forth * share * local * (wide if is_multiplied(path) else 4)
         yield "reduce-scatter", place.gather, back * share * local * 4
@@ -133,9 +132,15 @@ def _of_weight(
         yield "all-reduce", "pp", 2 * (folding.pp - 1) / folding.pp * local / degree * 4
 
 
-def _turns(path: str, config: MoEConfig) -> tuple[int, int]:
-    """How often a step gathers a weight and scatters its gradient."""
+def _turns(path: str, config: MoEConfig, stages: int) -> tuple[int, int]:
+    """How often a step gathers a weight and scatters its gradient.
+
+    Under FSDP a weight is gathered wherever it is used: layers in each of their forward passes, tables and last norm
+    once a micro-batch. 1F1B embeds in both passes of a tick, which share a gather; PP - 1 ticks have but the forward.
+    """
     if config.sharding == "zero1":
         return 1, 1
-    again = path.startswith("layers/") and config.remat == "full"
-    return config.num_microbatches * (2 if again else 1), config.num_microbatches
+    ticks, piped = num_ticks(config.num_microbatches, stages), int(stages > 1)
+    if path.startswith("layers/"):
+        return ticks * (1 + piped + int(config.remat == "full")), ticks
+    return ticks + (stages - 1) * (path == "embed/table"), ticks

@@ -51,7 +51,7 @@ def test_every_collective_sends_what_the_formula_says(text, changes):
     """
     folding = Folding.parse(text, 8)
     model = named_config("mixtral-8x7b", num_layers=4, width=64, num_heads=4, num_kv_heads=2, head_dim=64,
-                         ffn_width=96, vocab_size=4096, num_experts=4)  # fmt: skip
+                         ffn_width=96, vocab_size=16384, num_experts=4)  # fmt: skip
     options = {"dispatch": "drop_pad", "capacity_factor": 1.0, "context": "ring", "sharding": "zero1"}
     config = MoEConfig(model=model, **{**options, **changes})
     shape = {"sequence": 256, "global_batch": folding.dp * config.num_microbatches}
@@ -109,11 +109,13 @@ def test_fsdp_moves_the_weights_of_a_layer_three_times_a_micro_batch():
     shared = 28 * 3 * 3584 * 20480
     assert summed["reduce-scatter", far] == pytest.approx(127 / 128 * 4 * (whole + experts), rel=0.01)
     assert summed["reduce-scatter", tuple(range(8))] == pytest.approx(1023 / 1024 * 4 * shared, rel=0.01)
-    with pytest.raises(ValueError, match="sharding='fsdp': bytes are declared for zero1 only"):
-        piped = config.replace(schedule="1f1b")
-        declared_traffic(
-            piped, Folding.parse("attention=tp2.dp8 experts=ep8.edp2 pipeline=8"), sequence=64, global_batch=8
-        )
+    piped = Folding.parse("attention=tp2.dp8 experts=ep8.edp2 pipeline=8")
+    turning = config.replace(schedule="1f1b", num_microbatches=32)
+    formula = declared_traffic(turning, piped, sequence=4096, global_batch=256)
+    experts = 7 * 3 * 6144 * 16384 / 2  # of a stage and rank, numbers that the other of its pair holds
+    pair, ticks = (0, 8), 32 + 8 - 1
+    assert formula["all-gather", pair] == pytest.approx(3 * ticks * experts * 2)  # forward, repeated, and once more
+    assert formula["reduce-scatter", pair] == pytest.approx(ticks * experts * 4)
 
 
 @pytest.mark.parametrize("sharding", ["fsdp", "zero1"])
