@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
         "smoke": {"digits": 1, "width": 32, "num_layers": 1, "supervised_steps": 200, "num_steps": 4, "eval_every": 2,
                   "num_prompts": 4, "num_eval": 32, "families": ("qwen3",), "operations": ("products",),
                   "rules": ("saw:0.9",), "num_repeats": 2},
-        # Twenty minutes of processor time; every cell and rule is a stage, so it can be stopped.
+        # About fifteen minutes of processor time; every cell and rule is a stage, so it can be stopped.
         "default": {"num_steps": 64, "eval_every": 4, "num_prompts": 12},
         "paper": {"supervised_steps": 3000, "num_steps": 600, "num_prompts": 64},
     },
@@ -39,8 +39,8 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
         "cpu": {"task": "chain_sum", "task_settings": "max_terms=2,max_digits=1", "judge": "last_number",
                 "num_steps": 60, "num_prompts": 4, "group_size": 6, "max_prompt": 96, "max_tokens": 48,
                 "lora_rank": 8, "learning_rate": 3e-4, "mu": 3e-3},
-        # The same model on the MATH splits: add --model PATH --data PARQUET. It boxes one answer in sixty, so the last
-        # number counts; a window of 48 tokens leaves room for an answer and hardly for its derivation.
+        # The same model on the MATH splits: add --model PATH --data PARQUET; one to two minutes a rollout. It boxed one
+        # of 64 answers and that one wrong, so the last number counts. 48 tokens hold an answer, hardly a derivation.
         "math": {"judge": "last_number", "num_questions": 2000, "num_steps": 20, "num_prompts": 4, "group_size": 6,
                  "max_prompt": 96, "max_tokens": 48, "temperature": 0.7, "lora_rank": 8, "learning_rate": 3e-4,
                  "mu": 3e-3},
