@@ -127,6 +127,39 @@ def loss_and_slope(
     return value, slope, terms
 
 
+def slope_is_known(trainer: Trainer, batch: Batch, hparams: TrainerHParams) -> bool:
+    """Whether the loss has the same slope whatever the log-probabilities, and the trainer can use that.
+
+    In the first optimiser step after a rollout the ratio is one by construction, so only a penalty or an entropy bonus
+    could make the slope depend on them.
+    """
+    entropy, config = hparams.entropy_coefficient, trainer.config
+    return (
+        trainer.weighted_log_probs is not None
+        and "influence" not in trainer.rule.reads
+        and config.num_minibatches == config.num_microbatches == 1
+        and batch.reference is None
+        and isinstance(entropy, float | int)
+        and entropy == 0
+    )
+
+
+def known_slope_gradient(
+    trainer: Trainer, reference: Any, params: Any, advantages: Array, batch: Batch, hparams: TrainerHParams
+) -> tuple[Array, Any]:
+    """Log-probabilities [N, T] and the gradient of the loss where :func:`slope_is_known`."""
+    anywhere = jnp.zeros_like(batch.old)
+    slope = loss_and_slope(trainer, anywhere, anywhere, advantages, batch, hparams)[1]
+    start = batch.tokens.shape[1] - batch.mask.shape[1]
+    score: Any = trainer.weighted_log_probs
+
+    def weighted(params: Any) -> tuple[Array, Array]:
+        return score(trainer.assemble(params, reference), batch.tokens, batch.segments, slope, start=start)
+
+    (_, values), gradient = jax.value_and_grad(weighted, has_aux=True)(params)
+    return values, gradient
+
+
 def batch_influence(
     trainer: Trainer, linear: Linearised, rewards: Array, scored: Array, batch: Batch, hparams: TrainerHParams
 ) -> Array:

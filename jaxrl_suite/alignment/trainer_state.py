@@ -113,6 +113,11 @@ class Trainer(NamedTuple):
         assemble: ``assemble(params, reference) -> model parameters`` for the update: identity by default, LoRA's
             thin differences beside the frozen matrices.
         merge: the same for sampling, where whole matrices decode faster; ``assemble`` by default.
+        weighted_log_probs: ``weighted_log_probs(model parameters, tokens [N, P + T], segments, weights [N, T],
+            start=P) -> (sum(weights * log_probs), log_probs [N, T])`` with the gradient of the sum computed on the way
+            (``lm.weighted_token_log_probs`` with the model bound). Used where the slope of the loss is known before the
+            log-probabilities are: one optimiser step a rollout on whole batches, without influence, penalty or
+            entropy bonus. None always goes through ``policy.log_probs``.
     """
 
     policy: Policy
@@ -123,6 +128,7 @@ class Trainer(NamedTuple):
     sampling: Any
     assemble: Callable[[Any, Any], Any] = lambda params, reference: params
     merge: Callable[[Any, Any], Any] | None = None
+    weighted_log_probs: Callable[..., tuple[Array, Array]] | None = None
 
 
 class Metrics(NamedTuple):

@@ -12,8 +12,10 @@ from jaxrl_suite.alignment.linearised import (
     Linearised,
     batch_influence,
     join_batch,
+    known_slope_gradient,
     linearise_log_probs,
     loss_and_slope,
+    slope_is_known,
 )
 from jaxrl_suite.alignment.losses import LossTerms, mask_truncated
 from jaxrl_suite.alignment.running import update_running_mean
@@ -60,10 +62,11 @@ def update(
     keep = jnp.isfinite(rewards) if scored is None else jnp.asarray(scored, bool) & jnp.isfinite(rewards)
     rewards = jnp.where(keep, rewards, 0)
     batch = join_batch(trainer, state, prompts, prompt_mask, generation)
-    linear = linearise_log_probs(trainer, state.reference, state.params, batch)
-    log_probs = linear.values
+    linear = None
+    if not slope_is_known(trainer, batch, hparams):
+        linear = linearise_log_probs(trainer, state.reference, state.params, batch)
     influences = jnp.zeros_like(state.weights)
-    if "influence" in trainer.rule.reads:
+    if linear is not None and "influence" in trainer.rule.reads:
         influences = batch_influence(trainer, linear, rewards, keep, batch, hparams).astype(dtype)
     means = masked_mean(rewards, keep, axis=(1, 2)).astype(dtype)
     if objectives is None:  # an objective that nothing in the batch was scored for has no value
@@ -93,7 +96,9 @@ def update(
     # The gain that a step computes acts on the next one.
     advantages = advantages_for(used, gain_before).reshape(batch.mask.shape)
     rate = gain_before if config.gain_on == "lr" else jnp.ones((), dtype)
-    params, optimizer, loss, terms, norms = _optimise(trainer, state, batch, linear, advantages, rate, hparams)
+    params, optimizer, loss, terms, norms, log_probs = _optimise(
+        trainer, state, batch, linear, advantages, rate, hparams
+    )
     lengths = jnp.sum(generation.mask, axis=1)
     stopped = mask_truncated(generation.mask, generation.tokens, tuple(trainer.sampling.stop_tokens))
     tokens = jnp.maximum(jnp.sum(generation.mask), 1).astype(dtype)
@@ -138,12 +143,15 @@ def _optimise(
     trainer: Trainer,
     state: TrainerState,
     batch: Batch,
-    linear: Linearised,
+    linear: Linearised | None,
     advantages: Array,
     rate: Array,
     hparams: TrainerHParams,
-) -> tuple[Any, Any, Array, LossTerms, tuple[Array, Array]]:
-    """One optimiser step, or one a mini-batch; the first reuses the linearisation at hand when there is only one."""
+) -> tuple[Any, Any, Array, LossTerms, tuple[Array, Array], Array]:
+    """One optimiser step, or one a mini-batch; the first reuses the linearisation at hand when there is only one.
+
+    Without a linearisation the slope of the loss is known. Last comes what the policy said before the step, [N, T].
+    """
 
     def apply(params: Any, optimizer: Any, gradient: Any) -> tuple[Any, Any, tuple[Array, Array]]:
         updates, optimizer = trainer.optimizer.update(gradient, optimizer, params)
@@ -152,12 +160,17 @@ def _optimise(
         return optax.apply_updates(params, updates), optimizer, norms
 
     number = trainer.config.num_minibatches
+    if linear is None:
+        log_probs, gradient = known_slope_gradient(trainer, state.reference, state.params, advantages, batch, hparams)
+        value, _, terms = loss_and_slope(trainer, log_probs, log_probs, advantages, batch, hparams)
+        params, optimizer, norms = apply(state.params, state.optimizer, gradient)
+        return params, optimizer, value, terms, norms, log_probs
     if number == 1:
         # On policy: the ratio is one by construction, whatever rounding separates sampler and policy.
         old = jax.lax.stop_gradient(linear.values)
         value, slope, terms = loss_and_slope(trainer, linear.values, old, advantages, batch, hparams)
         params, optimizer, norms = apply(state.params, state.optimizer, linear.pullback(slope))
-        return params, optimizer, value, terms, norms
+        return params, optimizer, value, terms, norms, linear.values
     rows = batch.tokens.shape[0]
     check(rows % number == 0, argument="num_minibatches", value=number, rule=f"must divide the {rows} rows")
     batch = batch._replace(old=jax.lax.stop_gradient(linear.values))
@@ -173,4 +186,4 @@ def _optimise(
 
     (params, optimizer), (values, terms, norms) = jax.lax.scan(step, (state.params, state.optimizer), pieces)
     total = jax.tree.map(lambda x: jnp.sum(x, axis=0), terms)
-    return params, optimizer, jnp.mean(values), total, (jnp.mean(norms[0]), jnp.mean(norms[1]))
+    return params, optimizer, jnp.mean(values), total, (jnp.mean(norms[0]), jnp.mean(norms[1])), linear.values

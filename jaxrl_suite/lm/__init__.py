@@ -71,14 +71,22 @@ from jaxrl_suite.lm.feed_forward import (
 )
 from jaxrl_suite.lm.generation import generate_from_law, left_pad, row_keys
 from jaxrl_suite.lm.layers import LowRank, RowMajor, project, rms_norm, row_major, vary_like
-from jaxrl_suite.lm.likelihood import log_probs, weighted_log_prob
+from jaxrl_suite.lm.likelihood import log_probs, weighted_log_probs
 from jaxrl_suite.lm.lora import LoraConfig, apply_lora, init_lora, merge_lora
-from jaxrl_suite.lm.model import LanguageModel, generate, policy, sequence_law, token_log_probs
+from jaxrl_suite.lm.model import (
+    LanguageModel,
+    generate,
+    policy,
+    sequence_law,
+    token_log_probs,
+    weighted_token_log_probs,
+)
 from jaxrl_suite.lm.parameters import flatten, init_params, num_parameters, parameter_shapes, unflatten
 from jaxrl_suite.lm.pretrained import Pretrained, load_pretrained
 from jaxrl_suite.lm.rope import rope_frequencies, rope_tables, rotate
 from jaxrl_suite.lm.routing import route, top_k_indices
 from jaxrl_suite.lm.sampling import Sampling, sampling_logits
+from jaxrl_suite.lm.scores import weighted_log_prob
 from jaxrl_suite.lm.streaming import prepare_decode, stream
 from jaxrl_suite.lm.supervised import (
     SupervisedBatch,
@@ -168,4 +176,6 @@ __all__ = [
     "unflatten",
     "vary_like",
     "weighted_log_prob",
+    "weighted_log_probs",
+    "weighted_token_log_probs",
 ]

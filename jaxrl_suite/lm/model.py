@@ -12,7 +12,7 @@ from jaxrl_suite.lm.cache import DecodeParams, decode_params, decoder_law
 from jaxrl_suite.lm.config import LanguageModelConfig
 from jaxrl_suite.lm.decoder import apply
 from jaxrl_suite.lm.generation import Loop, check_prompts, generate_from_law
-from jaxrl_suite.lm.likelihood import log_probs
+from jaxrl_suite.lm.likelihood import log_probs, weighted_log_probs
 from jaxrl_suite.lm.parameters import init_params
 from jaxrl_suite.lm.sampling import Sampling
 from jaxrl_suite.types import Array, Generation, Params, Policy, PRNGKey, SequenceLaw
@@ -50,6 +50,24 @@ def token_log_probs(
     ``start``, a prompt say, are read but not scored.
     """
     return log_probs(params, tokens, segments, config=model.config, temperature=temperature, start=start)
+
+
+def weighted_token_log_probs(
+    model: LanguageModel,
+    params: Params,
+    tokens: Array,
+    segments: Array | None,
+    weights: Array,
+    *,
+    temperature: float | Array = 1.0,
+    start: int = 0,
+) -> tuple[Array, Array]:
+    """``sum(weights * token_log_probs)`` with its gradient computed on the way, and those log-probabilities.
+
+    With the model bound it is what :class:`jaxrl_suite.alignment.Trainer` takes as ``weighted_log_probs``.
+    """
+    config = model.config
+    return weighted_log_probs(params, tokens, segments, weights, config=config, temperature=temperature, start=start)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "loop", "unrolled"))

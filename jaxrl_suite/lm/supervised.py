@@ -12,8 +12,9 @@ import optax
 from jaxrl_suite.config import check
 from jaxrl_suite.lm.config import LanguageModelConfig
 from jaxrl_suite.lm.decoder import final_norm, forward, head_table
-from jaxrl_suite.lm.likelihood import shifted_targets, weighted_log_prob
+from jaxrl_suite.lm.likelihood import shifted_targets
 from jaxrl_suite.lm.lora import LoraConfig, apply_lora
+from jaxrl_suite.lm.scores import weighted_log_prob
 from jaxrl_suite.types import Array, Params
 
 

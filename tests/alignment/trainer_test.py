@@ -255,3 +255,27 @@ def test_a_batch_without_a_value_of_an_objective_leaves_the_weights(key):
     assert float(jnp.abs(after.params["theta"] - state.params["theta"]).max()) > 0
     moved = jax.tree.leaves(step(every)[0].rule_state)
     assert any(np.any(a != b) for a, b in zip(moved, jax.tree.leaves(state.rule_state), strict=True))
+
+
+@pytest.mark.parametrize("loss", [{}, {"surrogate": "cispo"}, {"ratio_level": "sequence"}])
+def test_a_slope_known_beforehand_gives_the_same_steps(key, loss):
+    """The gradient may be taken on the way; where the slope hangs on the policy, it is not."""
+    calls = []
+
+    def weighted(params, tokens, segments, weights, *, start):
+        calls.append(1)
+        scores = bit_policy(True).log_probs(params, tokens, segments, start=start)
+        return jnp.sum(weights * scores), scores
+
+    plain = make(pareto.fixed_weights(HALF), expressive=True, loss=LossConfig(kl_kind="none", **loss))
+    early = plain._replace(weighted_log_probs=weighted)
+    state = start(plain, key, (0.3, -0.2, 0.5))
+    testing.assert_close(run(early, state, 3), run(plain, state, 3))
+    assert calls
+    calls.clear()
+    run(early._replace(config=early.config.replace(num_minibatches=2)), state, 1)
+    influenced = early._replace(rule=pareto.influence_weights(HALF, 0.1))
+    run(influenced, start(influenced, key, (0.3, -0.2, 0.5)), 1)
+    hparams = alignment.TrainerHParams(entropy_coefficient=0.1)
+    alignment.run_trainer(early, state, lambda _: PROMPTS, reward, num_steps=1, hparams=hparams)
+    assert not calls

@@ -5,6 +5,7 @@ runs in a process of its own in the environment of ``--trl_python`` (one with tr
 """
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ import numpy as np
 import optax
 
 from jaxrl_suite import alignment, lm, pareto
+from jaxrl_suite.memory import keep_memory
 
 SHAPE = {"vocabulary": 49152, "width": 192, "layers": 4, "heads": 3, "kv_heads": 3, "ffn": 512}
 TASK = {"prompts": 8, "group": 8, "prompt_tokens": 16, "tokens": 48}
@@ -51,6 +53,7 @@ def our_steps(num_steps, weights):
         policy=lm.policy(model), config=alignment.TrainerConfig(group_size=TASK["group"]),
         loss=alignment.LossConfig(kl_kind="none"), rule=rule, optimizer=optax.adamw(1e-5),
         sampling=lm.Sampling(max_tokens=TASK["tokens"], stop_tokens=(1,)),
+        weighted_log_probs=functools.partial(lm.weighted_token_log_probs, model),
     )  # fmt: skip
     state = alignment.init_trainer(jax.random.key(1), trainer, params, num_objectives=3)
     prompts = np.random.default_rng(0).integers(3, 1000, (TASK["prompts"], TASK["prompt_tokens"]), np.int32)
@@ -115,6 +118,7 @@ def main():
     parser.add_argument("--turns", type=int, default=1, help="0: the influence alone")
     parser.add_argument("--skip_influence", action="store_true")
     options = parser.parse_args()
+    keep_memory()
     if not options.skip_influence:
         influence, single = influence_price(options.steps)
         print(f"influence of 8 objectives {influence:.2f} s, value and gradient of one {single:.2f} s, "

@@ -92,6 +92,25 @@ def test_weighted_sum_with_early_gradient_equals_autodiff(key):
     assert_close(early(h, table, weights), plain(h, table, weights), "reference")
 
 
+def test_weighted_scores_of_a_model_equal_autodiff(key):
+    """Segments, a start, a temperature and a chunk that does not divide the rows."""
+    params = lm_decoder.parameters(CONFIG)
+    tokens = jax.random.randint(key, (2, 7), 0, 19)
+    weights = jax.random.normal(key, (2, 5))
+    options = {"config": CONFIG, "temperature": 0.7, "chunk": 4, "start": 2}
+
+    def plain(params):
+        scores = lm.log_probs(params, tokens, SEGMENTS, **options)
+        return jnp.sum(weights * scores), scores
+
+    def early(params):
+        return lm.weighted_log_probs(params, tokens, SEGMENTS, weights, **options)
+
+    graded = [jax.jit(jax.value_and_grad(form, has_aux=True))(params) for form in (early, plain)]
+    assert_close(*graded, "reference")
+    assert_close(early(params), plain(params), "reference")
+
+
 def test_gradient_in_float16_is_scaled_before_it_is_rounded():
     """The sum over 20,000 tokens is beyond float16, their mean is not."""
     h, table = jnp.full((20_000, 2), 8.0, jnp.float16), jnp.zeros((2, 2), jnp.float16)
