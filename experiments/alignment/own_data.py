@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import logging
 import math
@@ -251,6 +252,9 @@ class _Session:
                                  stop_tokens=tuple(self.tokenizer.stop_tokens), pad_token=self.tokenizer.pad_token),
             assemble=(lambda lora_params, base: lm.apply_lora(base, lora_params, lora)) if lora else lambda p, _: p,
             merge=jax.jit(lambda lora_params, base: lm.merge_lora(base, lora_params, lora)) if lora else None,
+            weighted_log_probs=functools.partial(
+                lm.weighted_token_log_probs, self.model, temperature=config.temperature
+            ),
         )  # fmt: skip
         self.keep_reference = kl_kind != "none" or lora is not None
         hparams = alignment.TrainerHParams(config.kl_coefficient, config.entropy_coefficient)
