@@ -47,6 +47,8 @@ def choose_folding() -> Any:
     if FLAGS.folding:
         return Folding.parse(FLAGS.folding)
     cores = math.gcd(FLAGS.batch_size, os.cpu_count() or 1)
+    for name in ("NPROC", "PJRT_NPROC"):  # more threads than cores cost a step 15 %, and only pipelines need them
+        os.environ.setdefault(name, str(cores))
     return Folding(dp=cores, edp=cores)
 
 
