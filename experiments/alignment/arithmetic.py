@@ -103,7 +103,7 @@ def _draw_hypervolume(arrays: Mapping[str, np.ndarray]) -> "Figure":
         keep = np.asarray(non_dominated(jnp.asarray(flat)))
         lengths = task.COMPLETION_LENGTH * (1 - flat[keep, 1])
         axes[1].plot(lengths, flat[keep, 0], label=rule.replace("_", " "), **{**style, "linestyle": "none"})
-    axes[0].set(xlabel="rollouts (steps)", ylabel="hypervolume of the archive (share of the unit cube)",
+    axes[0].set(xlabel="rollouts (steps)", ylabel="hypervolume of the archive\n(share of the unit cube)",
                 title="archive of checkpoints, mean and range of seeds")  # fmt: skip
     axes[1].set(
         xlabel="length (tokens)", ylabel="accuracy (share)", title="checkpoints that none dominates (3 objectives)"
