@@ -46,8 +46,14 @@ def median_steps(steps: np.ndarray) -> float | None:
 
 def interval(differences: np.ndarray) -> tuple[float, float, float]:
     """Mean and 95 % interval of Student's t of paired differences [N]."""
+    mean, half = float(differences.mean()), half_width(differences)
+    return mean, mean - half, mean + half
+
+
+def half_width(values: np.ndarray) -> float:
+    """Half of the 95 % interval of the mean of values [N], Student's t; NaN for one value."""
     from scipy import stats
 
-    mean, number = float(differences.mean()), len(differences)
-    half = float(stats.t.ppf(0.975, number - 1) * differences.std(ddof=1) / np.sqrt(number))
-    return mean, mean - half, mean + half
+    if len(values) < 2:
+        return float("nan")
+    return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from experiments.alignment.bit_policy import BitSampling, bit_policy, exact_objectives
+from experiments.alignment.comparison import half_width
 from experiments.alignment.presets import PRESETS
 from experiments.alignment.rules import RULES, make_rule
 from experiments.common.study import Result, Study
@@ -88,15 +89,6 @@ def _runs(config: ExactConfig, problem: str, estimator: Any, name: str, keys: Ar
     return jax.device_get(jax.jit(jax.vmap(one))(keys))
 
 
-def _half_width(values: np.ndarray) -> float:
-    """Half of the 95 % interval of the mean, Student's t."""
-    from scipy import stats
-
-    if len(values) < 2:
-        return float("nan")
-    return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-
-
 def run(run: "Run") -> Result:
     """One stage for each problem, algorithm and rule."""
     config = run.config
@@ -115,7 +107,7 @@ def run(run: "Run") -> Result:
         for what in ("final", "archive"):
             shares = found[what] / whole[problem]
             summary[f"{problem}/{estimator}/{rule}/{what}_hypervolume_share"] = float(shares.mean())
-            summary[f"{problem}/{estimator}/{rule}/{what}_half_width"] = _half_width(shares)
+            summary[f"{problem}/{estimator}/{rule}/{what}_half_width"] = half_width(shares)
             arrays[f"{name}/{what}"] = shares
         arrays[f"{name}/points"] = found["points"]
     for problem in config.problems:
@@ -141,7 +133,7 @@ def _draw(arrays: Mapping[str, np.ndarray], problem: str) -> "Figure":
             values = [arrays[f"{problem}_{estimator}_{rule}/{what}"] for rule in rules]
             style = series_style(index)
             ax.errorbar([v.mean() for v in values], np.arange(len(rules)) + 0.16 * (2 * index - 1),
-                        xerr=[np.nan_to_num(_half_width(v)) for v in values], color=style["color"],
+                        xerr=[np.nan_to_num(half_width(v)) for v in values], color=style["color"],
                         marker=style["marker"], linestyle="none", capsize=2, label=label)  # fmt: skip
         ax.set_yticks(np.arange(len(rules)), [r.replace("_", " ") for r in rules] if ax is axes[0] else [])
         ax.invert_yaxis()

@@ -20,7 +20,6 @@ from experiments.alignment.rules import RULES, make_rule
 from experiments.common.study import Result, Study
 from jaxrl_suite import alignment, lm, pareto
 from jaxrl_suite.alignment.tasks import Task, parquet_task, reasoning_gym_task
-from jaxrl_suite.alignment.text_rewards import last_number
 from jaxrl_suite.config import Config, check, field
 from jaxrl_suite.types import Array
 
@@ -91,7 +90,7 @@ class OwnDataConfig(Config):
         check(not count or on_simplex, argument="base_weights", value=self.base_weights,
               rule="must be non-negative and sum to one", remedy="Divide them by their sum")  # fmt: skip
         check(not (self.data and self.judge == "whole"), argument="judge", value=self.judge,
-              rule="must be boxed or last_number with --data")  # fmt: skip
+              rule="must be usual, boxed or last_number with --data")  # fmt: skip
         for name in ("num_steps", "num_prompts", "group_size", "max_prompt", "max_tokens"):
             check(getattr(self, name) > 0, argument=name, value=getattr(self, name), rule="must be positive")
 
@@ -127,34 +126,13 @@ def _load_rewards(path: str, names: Sequence[str]) -> dict[str, Callable[..., An
 
 def _load_task(config: OwnDataConfig) -> Task:
     if config.data:
-        task = parquet_task(config.data, prompt_column=config.prompt_column, answer_column=config.answer_column,
-                            max_questions=config.num_questions)  # fmt: skip
-        return _by_last_number(task) if config.judge == "last_number" else task
+        return parquet_task(config.data, prompt_column=config.prompt_column, answer_column=config.answer_column,
+                            max_questions=config.num_questions,
+                            judge="last_number" if config.judge == "last_number" else "boxed")  # fmt: skip
     judge = "whole" if config.judge == "usual" else config.judge
     return reasoning_gym_task(
         config.task, num_questions=config.num_questions, judge=judge, **_settings(config.task_settings)
     )
-
-
-def _by_last_number(task: Task) -> Task:
-    """Questions whose answer is a number, judged by the last number of a completion: for models that never box."""
-    answers = [answer.replace(",", "") for answer in task.columns["answer"]]
-    kept = [i for i, answer in enumerate(answers) if last_number(answer) == answer]
-    check(bool(kept), argument="judge", value="last_number", rule="no answer of the file is a number")
-    columns = {name: [column[i] for i in kept] for name, column in task.columns.items()}
-    columns["answer"] = [answers[i] for i in kept]
-
-    def accuracy(
-        prompts: Sequence[Any], completions: Sequence[str], *, answer: Sequence[str], **columns: Any
-    ) -> list[float | None]:
-        del prompts, columns
-        given = [last_number(text) for text in completions]
-        return [float(g is not None and float(g) == float(a)) for g, a in zip(given, answer, strict=True)]
-
-    gone = {row for rows in task.skipped.values() for row in rows}
-    rows = [row for row in range(len(answers) + len(gone)) if row not in gone]  # of the file
-    skipped = {**task.skipped, "answer is no number": [row for i, row in enumerate(rows) if i not in set(kept)]}
-    return Task([task.prompts[i] for i in kept], columns, accuracy, skipped)
 
 
 def _settings(text: str) -> dict[str, Any]:

@@ -47,8 +47,6 @@ def choose_folding() -> Any:
     if FLAGS.folding:
         return Folding.parse(FLAGS.folding)
     cores = math.gcd(FLAGS.batch_size, os.cpu_count() or 1)
-    for name in ("NPROC", "PJRT_NPROC"):  # more threads than cores cost a step 15 %, and only pipelines need them
-        os.environ.setdefault(name, str(cores))
     return Folding(dp=cores, edp=cores)
 
 
@@ -153,7 +151,7 @@ def main(arguments: list[str]) -> int:
         folding = choose_folding()
         if FLAGS.keep_memory:
             keep_memory()
-        virtual_devices(folding.num_ranks)
+        virtual_devices(folding.num_ranks, threads=4 if FLAGS.folding else 1)
         train(folding)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -103,11 +103,13 @@ def parquet_task(
     answer_column: str = "reward_model.ground_truth",
     max_questions: int | None = None,
     boxed: bool = True,
+    judge: Literal["boxed", "last_number"] = "boxed",
 ) -> Task:
     """Questions from a parquet file: the paper's MATH splits, or one's own.
 
     A prompt is a text (which then gets the instruction to box the answer) or a list of chat turns. Rows without a
-    prompt or an answer are left out and listed in ``skipped``. All other columns are handed to the reward functions.
+    prompt or an answer that can be judged are left out and listed in ``skipped``. All other columns are handed to the
+    reward functions.
 
     Args:
         path: the file.
@@ -115,9 +117,11 @@ def parquet_task(
         answer_column: name, dots for nested columns; "answer" is tried if it does not exist.
         max_questions: only the first ones; all by default.
         boxed: add the instruction to prompts that are texts.
+        judge: what of a completion is the answer: "boxed" (the last box, as published) or "last_number" (for models
+            that never box); then answers that are no number are left out.
 
     Returns:
-        The task; accuracy compares the last box with the answer.
+        The task; accuracy compares what is judged with the answer.
 
     Raises:
         ImportError: pyarrow is not installed.
@@ -129,6 +133,8 @@ def parquet_task(
         raise ImportError(
             "Parquet files need pyarrow. Remedy: python -m pip install 'jaxrl-suite[experiments]'"
         ) from error
+    check(judge in ("boxed", "last_number"), argument="judge", value=judge,
+          rule="must be boxed or last_number for questions from a file")  # fmt: skip
     path = Path(path)
     check(path.is_file(), argument="data", value=str(path), rule="no such file")
     try:
@@ -148,13 +154,29 @@ def parquet_task(
         if not prompt or answer is None or str(answer).strip() == "":
             skipped.setdefault("no prompt" if not prompt else "no answer", []).append(number)
             continue
+        answer = str(answer)
+        if judge == "last_number":
+            answer = answer.replace(",", "")
+            if text_rewards.last_number(answer) != answer:
+                skipped.setdefault("answer is no number", []).append(number)
+                continue
         if isinstance(prompt, str):
             prompt = f"{prompt} {INSTRUCTION}" if boxed else prompt
         prompts.append(prompt)
-        answers.append(str(answer))
+        answers.append(answer)
         rows.append(row)
-    check(bool(prompts), argument="data", value=str(path), rule="no row has both prompt and answer",
+    check(bool(prompts), argument="data", value=str(path), rule="no row has a prompt and an answer to judge",
           remedy=f"Rows left out: { {reason: len(which) for reason, which in skipped.items()} }")  # fmt: skip
     reserved = {"prompts", "completions", "prompt", "completion", "answer"}
     extra = {name: [row[name] for row in rows] for name in names if name not in reserved}
-    return Task(prompts, {**extra, "answer": answers}, text_rewards.accuracy, skipped)
+    accuracy = text_rewards.accuracy if judge == "boxed" else _number_accuracy
+    return Task(prompts, {**extra, "answer": answers}, accuracy, skipped)
+
+
+def _number_accuracy(
+    prompts: Sequence[Any], completions: Sequence[str], *, answer: Sequence[str], **columns: Any
+) -> list[float | None]:
+    """1 where the last number of a completion is the answer."""
+    del prompts, columns
+    given = [text_rewards.last_number(text) for text in completions]
+    return [float(g is not None and float(g) == float(a)) for g, a in zip(given, answer, strict=True)]

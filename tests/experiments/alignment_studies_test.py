@@ -12,6 +12,7 @@ from experiments.alignment.arithmetic_run import ArithmeticSizes, make_model
 from experiments.alignment.comparison import at_tokens, interval, median_steps, steps_to_reach
 from experiments.alignment.families import FamiliesConfig, _compare
 from experiments.alignment.own_data import OwnDataConfig, _load_task
+from jaxrl_suite.alignment.tasks import parquet_task
 
 
 def _row(text):
@@ -112,5 +113,10 @@ def test_the_last_number_may_be_the_answer_to_own_data(tmp_path):
     assert questions.accuracy(questions.prompts, ["none", "so -3."], **questions.columns) == [0.0, 1.0]
     boxed = _load_task(OwnDataConfig(data=str(path)))  # as published: the last box
     assert boxed.accuracy(["a"], ["\\boxed{-3}"], answer=["-3"]) == [1.0] and len(boxed.prompts) == 3
-    with pytest.raises(ValueError, match="judge='whole': must be boxed or last_number with --data"):
+    with pytest.raises(ValueError, match="judge='whole': must be usual, boxed or last_number with --data"):
         OwnDataConfig(data=str(path), judge="whole")
+    with pytest.raises(ValueError, match="judge='whole': must be boxed or last_number for questions from a file"):
+        parquet_task(path, judge="whole")
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "answer": ["x"]}), path)
+    with pytest.raises(ValueError, match="no row has a prompt and an answer to judge.*answer is no number"):
+        parquet_task(path, judge="last_number")
