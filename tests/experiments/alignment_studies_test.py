@@ -118,5 +118,5 @@ def test_the_last_number_may_be_the_answer_to_own_data(tmp_path):
     with pytest.raises(ValueError, match="judge='whole': must be boxed or last_number for questions from a file"):
         parquet_task(path, judge="whole")
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "answer": ["x"]}), path)
-    with pytest.raises(ValueError, match="no row has a prompt and an answer to judge.*answer is no number"):
+    with pytest.raises(ValueError, match=r"no row has a prompt and an answer to judge.*answer is no number"):
         parquet_task(path, judge="last_number")
