@@ -29,7 +29,8 @@ class DecodeState(NamedTuple):
     """State of a batch of continuations.
 
     Attributes:
-        keys: per layer [B, S, Hk, C], or stacked [L, B, S, Hk, C]; slot s holds the s-th column of the batch.
+        keys: per layer [B, Hk, S, C], or stacked [L, B, Hk, S, C]; slot s holds the s-th column of the batch. What a
+            head reads lies in one piece: with the heads inside, XLA turns the whole cache around in every step.
         values: same shape as keys.
         start: int32 [B], first column that is not padding.
         length: int32 [], columns filled so far.
@@ -99,12 +100,12 @@ def prefill(
     start = jnp.where(mask.any(axis=1), jnp.argmax(mask, axis=1), length).astype(jnp.int32)
     positions = jnp.maximum(jnp.arange(length, dtype=jnp.int32)[None] - start[:, None], 0)
     segments = mask.astype(jnp.int32)
-    room = ((0, 0), (0, capacity - length), (0, 0), (0, 0))
+    room = ((0, 0), (0, 0), (0, capacity - length), (0, 0))
     feed_forward = default_feed_forward(config) if feed_forward is None else feed_forward
 
     def layer(x: Array, layer_params: Params, window: int | None) -> tuple[Array, tuple[Array, Array]]:
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-            kept = jnp.pad(k, room), jnp.pad(v, room)
+            kept = tuple(jnp.pad(x.swapaxes(1, 2), room) for x in (k, v))
             return blockwise_attend(q, k, v, positions, segments, window=window), kept
 
         x, _, kept = block_with_state(
@@ -151,8 +152,8 @@ def decode_step(
 
     def layer(x: Array, layer_params: Params, keys: Array, values: Array, window: Any) -> tuple[Array, Any]:
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-            new_keys = jax.lax.dynamic_update_slice_in_dim(keys, k, state.length, axis=1)
-            new_values = jax.lax.dynamic_update_slice_in_dim(values, v, state.length, axis=1)
+            new_keys = jax.lax.dynamic_update_slice_in_dim(keys, k.swapaxes(1, 2), state.length, axis=2)
+            new_values = jax.lax.dynamic_update_slice_in_dim(values, v.swapaxes(1, 2), state.length, axis=2)
             return _attend_to_cache(q, new_keys, new_values, state, window), (new_keys, new_values)
 
         x, _, kept = block_with_state(
@@ -180,18 +181,18 @@ def decode_step(
 
 
 def _attend_to_cache(q: Array, keys: Array, values: Array, state: DecodeState, window: Any) -> Array:
-    """q [B, 1, Hq, C] against the filled slots [start, length] of keys and values [B, S, Hk, C]."""
+    """q [B, 1, Hq, C] against the filled slots [start, length] of keys and values [B, Hk, S, C]."""
     batch, _, num_heads, width = q.shape
-    num_kv_heads = keys.shape[2]
+    num_kv_heads = keys.shape[1]
     dtype = wide(q.dtype)
     q = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, width)
-    scores = jnp.einsum("bhgc,bshc->bhgs", q, keys, preferred_element_type=dtype) * jnp.asarray(width**-0.5, dtype)
-    slots = jnp.arange(keys.shape[1], dtype=jnp.int32)[None]
+    scores = jnp.einsum("bhgc,bhsc->bhgs", q, keys, preferred_element_type=dtype) * jnp.asarray(width**-0.5, dtype)
+    slots = jnp.arange(keys.shape[2], dtype=jnp.int32)[None]
     visible = (slots >= state.start[:, None]) & (slots <= state.length)
     if window is not None:
         visible &= state.length - slots < window
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, jnp.asarray(-1e30, dtype)), axis=-1)
-    y = jnp.einsum("bhgs,bshc->bhgc", weights.astype(q.dtype), values, preferred_element_type=dtype)
+    y = jnp.einsum("bhgs,bhsc->bhgc", weights.astype(q.dtype), values, preferred_element_type=dtype)
     return y.astype(q.dtype).reshape(batch, 1, num_heads, width)
 
 
