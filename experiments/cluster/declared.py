@@ -3,7 +3,7 @@
 from jaxrl_suite.moe.config import MoEConfig
 from jaxrl_suite.moe.cost_model import token_flops
 from jaxrl_suite.moe.folding import Folding
-from jaxrl_suite.moe.pipeline import num_ticks
+from jaxrl_suite.moe.pipeline import num_ticks, repeats_stages
 
 # Forward passes of a layer that the backward pass repeats, by policy; "experts" repeats no product.
 _REPEATS = {"none": 0, "experts": 0, "attention": 0, "full": 1, "full_with_dispatch": 1}
@@ -15,9 +15,9 @@ def declared_flops(config: MoEConfig, folding: Folding, *, sequence: int, global
     """FLOPs of one step over all devices.
 
     * ``model``: three forward passes, attention counted causally; what MFU counts.
-    * ``recomputation``: forward passes repeated. The 1F1B schedule repeats that of a stage, since it keeps only its
-      input; the policy ``full`` repeats that of a layer once more, and so does GPipe for a stage; blockwise attention
-      recomputes its scores in the backward pass (half a forward pass).
+    * ``recomputation``: forward passes repeated. The policy ``full`` repeats that of a layer, and GPipe under it that
+      of a stage once more; under any other policy 1F1B repeats that of a stage, since it keeps only its input;
+      blockwise attention recomputes its scores in the backward pass (half a forward pass).
     * ``head_on_every_stage``: all stages are one program, so each computes the output table, which counts on the last.
     * ``idle_ticks``: passes of a stage without a micro-batch compute all the same: (v m + PP - 1) / (v m) times
       everything that runs in a tick, in GPipe and in 1F1B (v = 1).
@@ -37,8 +37,8 @@ def declared_flops(config: MoEConfig, folding: Folding, *, sequence: int, global
     in_ticks = config.schedule == "1f1b" and stages > 1
     repeats = _REPEATS[config.remat]
     recomputed = -_KEPT.get(config.remat, 0.0) * tokens * factor * flops.experts
-    if stages > 1:  # a tick of GPipe is checkpointed as a whole, one of 1F1B starts from its input
-        repeats += 1 if in_ticks else repeats
+    if stages > 1:  # under "full" a tick of GPipe is checkpointed as a whole
+        repeats += repeats_stages(config, stages) if in_ticks else repeats
     recomputed += repeats * (layers + surplus) + 0.5 * tokens * flops.attention
     head = 3 * tokens * flops.head
     if stages > 1 and not in_ticks:  # the last stage's outputs wait for the head, which is then checkpointed

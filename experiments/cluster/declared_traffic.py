@@ -12,7 +12,7 @@ from jaxrl_suite.moe.capacity import expert_capacity
 from jaxrl_suite.moe.config import MoEConfig
 from jaxrl_suite.moe.folding import Folding
 from jaxrl_suite.moe.partition import Placement, is_multiplied, logical_axes, placements
-from jaxrl_suite.moe.pipeline import num_ticks
+from jaxrl_suite.moe.pipeline import num_ticks, repeats_stages
 
 Key = tuple[str, tuple[int, ...]]  # kind of collective, first eight ranks of its first group; a sorted pair
 
@@ -26,8 +26,9 @@ def key_of(row: dict[str, Any]) -> Key:
 def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, global_batch: int) -> dict[Key, float]:
     """Bytes that one device sends in a step, by kind and group; what is below a thousandth of the rest is left out.
 
-    A layer runs forward F times a micro-batch (1F1B repeats the forward pass of a stage: 2, else 1), R times again in
-    the backward pass (``remat="full"``: 1), and backward once; a pipeline does so m + PP - 1 times for m micro-batches.
+    A layer runs forward F times a micro-batch (2 where 1F1B repeats the forward pass of a stage, else 1), R times again
+    in the backward pass (``remat="full"``: 1), and backward once; a pipeline does so m + PP - 1 times for m
+    micro-batches.
     With A the bytes of a micro-batch between layers (gathered over TP), C the slots of an expert and l the layers of a
     stage, each time sends
 
@@ -50,7 +51,7 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
     wide = 2 if "bfloat16" in (model.compute_dtype, model.param_dtype) else 4
     ticks = num_ticks(config.num_microbatches, stages)
     layers = model.num_layers // stages
-    forward, again = (2 if stages > 1 else 1), int(config.remat == "full")
+    forward, again = 1 + repeats_stages(config, stages), int(config.remat == "full")
     passes = layers * (forward + again + 1)
     rows = global_batch // (folding.dp * config.num_microbatches)
     tokens = rows * sequence // folding.cp
@@ -136,11 +137,12 @@ def _turns(path: str, config: MoEConfig, stages: int) -> tuple[int, int]:
     """How often a step gathers a weight and scatters its gradient.
 
     Under FSDP a weight is gathered wherever it is used: layers in each of their forward passes, tables and last norm
-    once a micro-batch. 1F1B embeds in both passes of a tick, which share a gather; PP - 1 ticks have but the forward.
+    once a micro-batch. Where 1F1B repeats stages it embeds in both passes of a tick, which share a gather; PP - 1 ticks
+    have but the forward.
     """
     if config.sharding == "zero1":
         return 1, 1
-    ticks, piped = num_ticks(config.num_microbatches, stages), int(stages > 1)
+    ticks, repeated = num_ticks(config.num_microbatches, stages), repeats_stages(config, stages)
     if path.startswith("layers/"):
-        return ticks * (1 + piped + int(config.remat == "full")), ticks
-    return ticks + (stages - 1) * (path == "embed/table"), ticks
+        return ticks * (1 + repeated + int(config.remat == "full")), ticks
+    return ticks + repeated * (stages - 1) * (path == "embed/table"), ticks

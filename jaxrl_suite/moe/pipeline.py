@@ -7,9 +7,11 @@ Derivatives come from JAX, hence all micro-batches are alive at once. A stage ow
 stored arrays stay in layer order (:func:`circular_layers`).
 
 *1F1B* runs in tick t the forward pass of micro-batch t - p and the backward pass of micro-batch t - 2(PP - 1) + p.
-Inputs of at most 2·PP - 1 micro-batches are kept, whatever their number, and each backward pass repeats its forward.
-The first PP - 1 ticks have no backward pass on any stage and the last PP - 1 no forward pass, so they run without: each
-kind of pass runs M + PP - 1 times.
+At most 2·PP - 1 micro-batches wait for their backward pass, whatever their number. Where the policy keeps inputs of
+layers ("full", "full_with_dispatch") a ring buffer holds what it keeps of each of them; else the ring holds inputs of
+the stage alone, and each backward pass repeats the forward pass of its stage, so that what a layer keeps is there for
+one micro-batch at a time. The first PP - 1 ticks have no backward pass on any stage and the last PP - 1 no forward
+pass, so they run without: each kind of pass runs M + PP - 1 times.
 
 Embedding and head run on every stage and count on the first and last only, as all stages are one program.
 
@@ -19,6 +21,7 @@ References:
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +54,11 @@ def num_ticks(num_microbatches: int, stages: int, rounds: int = 1) -> int:
     (11, 19)
     """
     return rounds * num_microbatches + stages - 1
+
+
+def repeats_stages(config: MoEConfig, stages: int) -> bool:
+    """Whether each backward pass of 1F1B repeats the forward pass of its whole stage, whose input alone is kept."""
+    return stages > 1 and config.schedule == "1f1b" and not config.remat.startswith("full")
 
 
 def circular_layers(leaf: Array, stages: int, rounds: int) -> Array:
@@ -200,16 +208,61 @@ class _Ticking(NamedTuple):
     Attributes:
         received: activations from the previous stage.
         returned: gradient of the activations handed on, from the next stage.
-        inputs: [2·PP - 1, ...], inputs of the micro-batches whose backward pass is to come.
+        waiting: [2·PP - 1, ...], what is kept of the micro-batches whose backward pass is to come.
         gradients: sum so far, in the dtypes of the stored weights.
         totals: objective so far.
     """
 
     received: Array
     returned: Array
-    inputs: Array
+    waiting: Any
     gradients: Params
     totals: ObjectiveParts
+
+
+class _Recipe(NamedTuple):
+    """How the pullback of a stage's layers is put together again; static.
+
+    Attributes:
+        tree: structure of the pullback.
+        weights: of each leaf, its index among the leaves of the layers' weights; None for those that are kept.
+    """
+
+    tree: Any
+    weights: tuple[int | None, ...]
+
+
+def take_apart(pullback: Any, weights: Params) -> tuple[list[Array], _Recipe]:
+    """What a pullback holds besides the weights, which are at hand in every tick.
+
+    Args:
+        pullback: of ``jax.vjp``, a pytree.
+        weights: among the arguments of the function that it belongs to.
+
+    Returns:
+        The arrays to keep, and how to make the pullback of them.
+    """
+    leaves, tree = jax.tree.flatten(pullback)
+    place = {id(leaf): index for index, leaf in enumerate(jax.tree.leaves(weights))}
+    recipe = _Recipe(tree, tuple(place.get(id(leaf)) for leaf in leaves))
+    return [leaf for leaf, index in zip(leaves, recipe.weights) if index is None], recipe
+
+
+def put_together(recipe: _Recipe, kept: list[Array], weights: Params) -> Any:
+    """The pullback again, see :func:`take_apart`."""
+    rest, at_hand = iter(kept), jax.tree.leaves(weights)
+    return jax.tree.unflatten(recipe.tree, [next(rest) if i is None else at_hand[i] for i in recipe.weights])
+
+
+def _replay(outputs: Any, pullback: Any) -> Callable[..., Any]:
+    """A function whose results are known and whose derivative is a pullback of before: nothing runs a second time."""
+
+    @jax.custom_vjp
+    def known(*_: Any) -> Any:
+        return outputs
+
+    known.defvjp(lambda *_: (outputs, None), lambda _, cotangents: pullback(cotangents))
+    return known
 
 
 def _one_forward_one_backward(
@@ -225,36 +278,67 @@ def _one_forward_one_backward(
     stages, stage = axis_size(layout.pp), axis_index(layout.pp)
     number, slots = batches.inputs.shape[0], 2 * axis_size(layout.pp) - 1
     dtype = config.model.activation_dtype(params["embed"]["table"].dtype)
+    repeats = repeats_stages(config, stages)
 
-    def run(params: Params, received: Array, batch: Batch, valid: Array) -> tuple[tuple[Array, Array], ObjectiveParts]:
+    def through(batch: Batch) -> Callable[[Params, Array], tuple[Array, Any]]:
+        return functools.partial(run_layers, batch=batch, config=config, layout=layout)
+
+    def enter(params: Params, received: Array, batch: Batch) -> Array:
+        entering = embed(params, batch.inputs, config=config.model, parallel=tensor_parallel(layout.layer.tp))
+        return jnp.where(stage == 0, entering, received)
+
+    def run(
+        params: Params, received: Array, batch: Batch, valid: Array, layers: Callable[[Params, Array], Any]
+    ) -> tuple[tuple[Array, Array], ObjectiveParts]:
         """One stage on one micro-batch: activations to hand on, and what it adds to the objective."""
         params = gather_outside_layers(params, layout, dtype)
-        entering = embed(params, batch.inputs, config=config.model, parallel=tensor_parallel(layout.layer.tp))
-        x = jnp.where(stage == 0, entering, received)
-        x, sums = run_layers(params["layers"], x, batch, config=config, layout=layout)
+        x, sums = layers(params["layers"], enter(params, received, batch))
         total = loss(token_log_probs(params, x, batch.targets, config=config, layout=layout), batch)
         total = jnp.where((stage == stages - 1) & valid, total, 0)
         parts = objective_parts(total, _mask_sums(sums, valid), count, config=config, layout=layout, num_parts=number)
         return (x, total_objective(parts, config, hparams)), parts
 
-    def forward_only(params: Params, received: Array, batch: Batch) -> Array:
-        params = gather_outside_layers(params, layout, dtype)
-        entering = embed(params, batch.inputs, config=config.model, parallel=tensor_parallel(layout.layer.tp))
-        return run_layers(
-            params["layers"], jnp.where(stage == 0, entering, received), batch, config=config, layout=layout
-        )[0]
+    def forward_only(received: Array, batch: Batch) -> tuple[Array, Any, _Recipe | None]:
+        """Activations to hand on, what to keep until the backward pass, and how to use it."""
+        whole = gather_outside_layers(params, layout, dtype)
+        entering, layers = enter(whole, received, batch), params["layers"]
+        if repeats:
+            return through(batch)(layers, entering)[0], received, None
+        (x, sums), pullback = jax.vjp(through(batch), layers, entering)
+        kept, recipe = take_apart(pullback, layers)
+        return x, (kept, sums), recipe
+
+    recipes: list[_Recipe | None] = []
+
+    def kept_of(received: Array) -> Any:
+        _, kept, recipe = forward_only(received, _microbatch(batches, jnp.int32(0)))
+        recipes.append(recipe)
+        return kept
+
+    def layers_again(kept: Any, x: Array, batch: Batch) -> tuple[Callable[[Params, Array], Any], Array]:
+        """The layers for the backward pass, and what entered the stage (of no meaning where nothing runs again).
+
+        ``x``: what the layers yielded; only the last stage needs it, and there in the tick of its forward pass.
+        """
+        if recipes[0] is None:
+            return through(batch), kept
+        kept, sums = kept
+        return _replay((x, sums), put_together(recipes[0], kept, params["layers"])), jnp.zeros_like(x)
 
     def tick(carry: _Ticking, t: Array, *, forward: bool, backward: bool) -> tuple[_Ticking, None]:
+        x = carry.received
         if forward:
-            inputs = carry.inputs.at[(t - stage) % slots].set(carry.received)
-            x = forward_only(params, carry.received, _microbatch(batches, t - stage))
-            carry = carry._replace(received=_hand_on(x, layout), inputs=inputs)
+            x, kept, _ = forward_only(carry.received, _microbatch(batches, t - stage))
+            waiting = jax.tree.map(lambda ring, new: ring.at[(t - stage) % slots].set(new), carry.waiting, kept)
+            carry = carry._replace(received=_hand_on(x, layout), waiting=waiting)
         if backward:
             index = t - 2 * (stages - 1) + stage
             valid = (index >= 0) & (index < number)
             batch = _microbatch(batches, index)
-            saved = carry.inputs[index % slots]
-            (y, _), pullback, parts = jax.vjp(lambda p, r: run(p, r, batch, valid), params, saved, has_aux=True)
+            layers, entered = layers_again(jax.tree.map(lambda ring: ring[index % slots], carry.waiting), x, batch)
+            (y, _), pullback, parts = jax.vjp(
+                lambda p, r: run(p, r, batch, valid, layers), params, entered, has_aux=True
+            )
             # The last stage has no successor; bubbles pass no gradient.
             cotangent = jnp.where(valid & (stage < stages - 1), carry.returned, jnp.zeros_like(carry.returned))
             d_params, d_received = pullback((cotangent.astype(y.dtype), jnp.ones((), parts.loss.dtype)))
@@ -266,10 +350,12 @@ def _one_forward_one_backward(
         return carry, None
 
     empty = vary(_no_activations(params, batches, config, layout), layout.mesh)
-    totals = zeros_of(lambda: run(params, empty, _microbatch(batches, jnp.int32(0)), jnp.bool_(True))[1])
-    inputs = vary(jnp.zeros((slots, *empty.shape), empty.dtype), layout.mesh)
+    first = _microbatch(batches, jnp.int32(0))
+    totals = zeros_of(lambda: run(params, empty, first, jnp.bool_(True), through(first))[1])
+    kept = zeros_of(lambda: kept_of(empty))
+    waiting = jax.tree.map(lambda leaf: vary(jnp.zeros((slots, *leaf.shape), leaf.dtype), layout.mesh), kept)
     zeros = jax.tree.map(lambda leaf, dtype: jnp.zeros_like(leaf, dtype=dtype), params, dtypes)
-    carry = _Ticking(empty, empty, inputs, zeros, totals)
+    carry = _Ticking(empty, empty, waiting, zeros, totals)
     # Whatever the stage, nothing goes back in the first PP - 1 ticks and nothing forth in the last PP - 1.
     start = 0
     for length, forward, backward in ((stages - 1, True, False), (number, True, True), (stages - 1, False, True)):

@@ -9,6 +9,7 @@ import pytest
 
 from jaxrl_suite import lm, moe
 from jaxrl_suite.moe.audit import audit
+from jaxrl_suite.moe.pipeline import put_together, take_apart
 from jaxrl_suite.moe.verify import (
     communication_checks,
     compile_gradients,
@@ -32,6 +33,7 @@ SAMPLE = [
     ("attention=tp2.dp2 experts=ep4 pipeline=2", {"num_microbatches": 2, "virtual_stages": 2}),
     ("attention=cp2.dp2 experts=etp2.ep2 pipeline=2", {"num_microbatches": 4, "schedule": "1f1b"}),
     ("attention=tp2 experts=etp2 pipeline=4", {"num_microbatches": 4, "schedule": "gpipe"}),
+    ("attention=tp2 experts=ep2 pipeline=4", {"num_microbatches": 8, "schedule": "1f1b", "remat": "full"}),
     ("experts=ep1 pipeline=8", {"num_microbatches": 2, "schedule": "1f1b", "sharding": "none"}),
 ]
 
@@ -60,6 +62,17 @@ def test_loss_and_gradients_equal_one_device(text, options):
     assert float(parts.sent) == float(jnp.sum(parts.counts)) == 8 * 16 * 2 * 8
     for check in communication_checks(audit(compiled), config, folding):
         assert check.passed, str(check)
+
+
+def test_what_waits_for_a_backward_pass_holds_no_weights():
+    """A pullback taken apart, its weights left out, and put together again; inputs of layers are all that is kept."""
+    weights = {"table": jax.random.normal(jax.random.key(0), (3, 8, 8))}
+    layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w["table"]), None), prevent_cse=False)
+    _, pullback = jax.vjp(lambda w, x: jax.lax.scan(layer, x, w)[0], weights, jnp.ones((2, 8)))
+    kept, recipe = take_apart(pullback, weights)
+    assert [leaf.shape for leaf in kept] == [(3, 2, 8)]
+    again = put_together(recipe, kept, weights)(jnp.ones((2, 8)))
+    jax.tree.map(np.testing.assert_array_equal, again, pullback(jnp.ones((2, 8))))
 
 
 def test_the_sample_covers_every_degree():
