@@ -235,6 +235,7 @@ def step_config(options: argparse.Namespace, folding: Any) -> Any:
         capacity_factor=options.capacity_factor if options.dispatch == "drop_pad" else None,
         num_microbatches=options.global_batch // micro,
         schedule=options.schedule if folding.pp > 1 else "gpipe",
+        pending=options.pending,
         sharding=options.sharding,
         remat=options.remat,
         context=options.context,

@@ -123,6 +123,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--sharding", default="zero1", help="none, zero1 or fsdp (default zero1)")
     add("--remat", default="full", help="what the backward pass repeats (default full)")
     add("--schedule", default="1f1b", help="gpipe or 1f1b (default 1f1b)")
+    add(
+        "--pending", default="inputs", help="inputs or all: what 1F1B keeps of micro-batches that wait (default inputs)"
+    )
     add("--context", default="ring", help="ring or all_gather (default ring)")
     add("--num_layers", type=int, default=0, help="fewer layers than the model has")
     add("--shrink", action="store_true", help="a small model of the same kind")

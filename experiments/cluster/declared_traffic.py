@@ -12,7 +12,7 @@ from jaxrl_suite.moe.capacity import expert_capacity
 from jaxrl_suite.moe.config import MoEConfig
 from jaxrl_suite.moe.folding import Folding
 from jaxrl_suite.moe.partition import Placement, is_multiplied, logical_axes, placements
-from jaxrl_suite.moe.pipeline import num_ticks, repeats_stages
+from jaxrl_suite.moe.pipeline import num_ticks, repeats_exchanges, repeats_stages
 
 Key = tuple[str, tuple[int, ...]]  # kind of collective, first eight ranks of its first group; a sorted pair
 
@@ -34,8 +34,9 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
 
         TP   (TP-1)/TP A (l (F + R + 1) + 2) gathered, as much less one scattered, and F embeddings in float32
         CP   (CP-1) (F + R + 1) l times the keys and values of a rank
-        EP   (EP-1)/EP 2 (F + 1) l E C D, exchanges are not repeated
-        ETP  (ETP-1) (F + 1) l E C D gathered and as much scattered
+        EP   (EP-1)/EP 2 (F + X + 1) l E C D, exchanges are repeated X times: R where inputs of layers are all that is
+             kept, else 0
+        ETP  (ETP-1) (F + X + 1) l E C D gathered and as much scattered
         PP   A / TP forward and as much backward
 
     Each step gathers the stored weights (matrices in the dtype of products, all else as stored) and scatters their
@@ -73,7 +74,8 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
     slots = expert_capacity(
         tokens // folding.tp, model.num_experts, model.experts_per_token, config.capacity_factor or 1
     )
-    copies = ticks * layers * (forward + 1) * model.num_experts * slots * model.width * wide
+    exchanges = forward + repeats_exchanges(config, stages) + 1
+    copies = ticks * layers * exchanges * model.num_experts * slots * model.width * wide
     add("all-to-all", "ep", 2 * copies * (folding.ep - 1) / folding.ep)
     for kind in ("all-gather", "reduce-scatter"):
         add(kind, "etp", copies * (folding.etp - 1))

@@ -52,6 +52,10 @@ class MoEConfig(Config):
     )
     num_microbatches: int = field(1, help="micro-batches of one step on each data rank")
     schedule: Literal["gpipe", "1f1b"] = field("gpipe", help="pipeline schedule")
+    pending: Literal["inputs", "all"] = field(
+        "inputs",
+        help="what 1F1B keeps of micro-batches that wait: inputs of layers (remat full) or stages, or as remat",
+    )
     virtual_stages: int = field(1, help="rounds of the circular pipeline; 1 for none")
     context: Literal["all_gather", "ring"] = field("all_gather", help="how context ranks see each other's keys")
     zigzag: bool = field(True, help="context rank r owns chunks r and 2·CP-1-r of a sequence, to balance causal work")

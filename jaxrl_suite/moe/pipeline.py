@@ -7,11 +7,12 @@ Derivatives come from JAX, hence all micro-batches are alive at once. A stage ow
 stored arrays stay in layer order (:func:`circular_layers`).
 
 *1F1B* runs in tick t the forward pass of micro-batch t - p and the backward pass of micro-batch t - 2(PP - 1) + p.
-At most 2·PP - 1 micro-batches wait for their backward pass, whatever their number. Where the policy keeps inputs of
-layers ("full", "full_with_dispatch") a ring buffer holds what it keeps of each of them; else the ring holds inputs of
-the stage alone, and each backward pass repeats the forward pass of its stage, so that what a layer keeps is there for
-one micro-batch at a time. The first PP - 1 ticks have no backward pass on any stage and the last PP - 1 no forward
-pass, so they run without: each kind of pass runs M + PP - 1 times.
+At most 2·PP - 1 micro-batches wait for their backward pass, whatever their number, in a ring buffer. Of each it holds
+inputs of layers, which then repeat the exchange of tokens too, where the policy recomputes whole layers ("full",
+"full_with_dispatch"); else the input of the stage alone, whose forward pass the backward pass repeats, so that what a
+layer keeps is there for one micro-batch at a time. With ``pending="all"`` it holds all that the policy keeps.
+The first PP - 1 ticks have no backward pass on any stage and the last PP - 1 no forward pass, so they run without: each
+kind of pass runs M + PP - 1 times.
 
 Embedding and head run on every stage and count on the first and last only, as all stages are one program.
 
@@ -58,7 +59,16 @@ def num_ticks(num_microbatches: int, stages: int, rounds: int = 1) -> int:
 
 def repeats_stages(config: MoEConfig, stages: int) -> bool:
     """Whether each backward pass of 1F1B repeats the forward pass of its whole stage, whose input alone is kept."""
-    return stages > 1 and config.schedule == "1f1b" and not config.remat.startswith("full")
+    return _keeps_inputs(config, stages) and not config.remat.startswith("full")
+
+
+def repeats_exchanges(config: MoEConfig, stages: int) -> bool:
+    """Whether layers that are recomputed exchange tokens again."""
+    return config.remat == "full_with_dispatch" or (config.remat == "full" and _keeps_inputs(config, stages))
+
+
+def _keeps_inputs(config: MoEConfig, stages: int) -> bool:
+    return stages > 1 and config.schedule == "1f1b" and config.pending == "inputs"
 
 
 def circular_layers(leaf: Array, stages: int, rounds: int) -> Array:
@@ -279,6 +289,8 @@ def _one_forward_one_backward(
     number, slots = batches.inputs.shape[0], 2 * axis_size(layout.pp) - 1
     dtype = config.model.activation_dtype(params["embed"]["table"].dtype)
     repeats = repeats_stages(config, stages)
+    if repeats_exchanges(config, stages):
+        config = config.replace(remat="full_with_dispatch")
 
     def through(batch: Batch) -> Callable[[Params, Array], tuple[Array, Any]]:
         return functools.partial(run_layers, batch=batch, config=config, layout=layout)

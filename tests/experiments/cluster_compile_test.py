@@ -80,7 +80,9 @@ def test_formula_is_that_of_section_5_2():
     one = layer_bytes(model, folding, Workload())
     ticks, layers = 32 + 8 - 1, 7
     exchanged = formula["all-to-all", tuple(range(8))]
-    assert exchanged == pytest.approx(ticks * layers * 2 * one["ep"], rel=1e-6)
+    assert exchanged == pytest.approx(ticks * layers * 3 * one["ep"], rel=1e-6)
+    kept = declared_traffic(config.replace(pending="all"), folding, sequence=4096, global_batch=256)
+    assert kept["all-to-all", tuple(range(8))] == pytest.approx(exchanged * 2 / 3)
     gathered = formula["all-gather", (0, 1)]
     assert gathered == pytest.approx(ticks * (layers * 3 + 2) * one["tp"] / 2, rel=1e-6)
     assert formula["collective-permute", (0, 16)] == pytest.approx(2 * ticks * one["pp"], rel=1e-6)
@@ -235,6 +237,14 @@ def test_a_cluster_that_is_not_there_is_compiled_for():
 STEPS = {
     "1F1B, everything recomputed": ("attention=tp2.dp2 experts=ep4 pipeline=2", {"schedule": "1f1b", "remat": "full"}),
     "1F1B, stages repeated": ("attention=tp2.dp2 experts=ep4 pipeline=2", {"schedule": "1f1b"}),
+    "1F1B, nothing recomputed": (
+        "attention=tp2.dp2 experts=ep4 pipeline=2",
+        {"schedule": "1f1b", "pending": "all"},
+    ),
+    "1F1B, exchanged rows kept": (
+        "attention=tp2.dp2 experts=ep4 pipeline=2",
+        {"schedule": "1f1b", "remat": "full", "pending": "all"},
+    ),
     "GPipe, everything recomputed": ("attention=dp4 experts=ep4 pipeline=2", {"remat": "full"}),
     "no pipeline, nothing recomputed": ("attention=tp2.cp2.dp2 experts=ep8", {"context": "ring"}),
 }
