@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cluster.aot import once
-from experiments.cluster.models import PAPER_NAMES
+from experiments.cluster.models import MODELS, PAPER_NAMES
 from experiments.cluster.paper_tables import METHODS, Row, table_3, table_4, table_5
 from experiments.cluster.plan_report import print_table
 from experiments.cluster.topology import topology_devices
+from jaxrl_suite.moe.cost_model import Workload
 from jaxrl_suite.moe.cost_roofline import mfu_bound, roofline, sent_in_all
+from jaxrl_suite.moe.cost_step import step_memory
 from jaxrl_suite.moe.cost_traffic import Link
+from jaxrl_suite.moe.folding import Folding
 from jaxrl_suite.moe.hardware import Hardware, named_hardware
 
 PAIR = METHODS[3:]  # without folding (ETP = TP, EP at stride TP) and with it
@@ -152,6 +155,18 @@ def over_formula(line: dict[str, Any]) -> list[tuple[str, float]]:
     ]
 
 
+def estimated_memory(line: dict[str, Any]) -> float:
+    """Bytes that :func:`step_memory` gives a row that recomputes everything."""
+    workload = Workload(
+        sequence=line["sequence"],
+        global_batch=line["global_batch"],
+        sharding="fsdp" if line["method"].startswith("FSDP") else "zero1",
+        recompute="full",
+    )
+    folding = Folding.parse(line["folding"], line["num_devices"])
+    return float(step_memory(MODELS[line["model"]], folding, workload).total)
+
+
 def pairs(lines: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Compiled rows of one cell of the tables, (unfolded, folded)."""
     cells: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
@@ -216,6 +231,14 @@ def print_report(lines: Sequence[dict[str, Any]]) -> None:
     print(f"\nBytes over their formula: {len(compared) - len(apart)} of {len(compared)} collectives within 1 %.")
     for name, ratio in apart:
         print(f"   {name}: {ratio:.3f}")
+    errors = [
+        abs(estimated_memory(line) / line["total_bytes"] - 1)
+        for line in lines
+        if line["remat"] == "full" and "error" not in line
+    ]
+    if errors:
+        mean = sum(errors) / len(errors)
+        print(f"\nEstimated memory over compiled: {mean:.1%} off on average, {max(errors):.1%} at most.")
     print("\nBytes of one device in a step. Folded beside unfolded (InfiniBand GB, GB of memory):")
     for plain, folded in pairs(lines):
         before, after = moved(plain), moved(folded)

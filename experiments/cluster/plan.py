@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             global_batch=options.global_batch,
             micro_batch=options.micro_batch,
             context=options.context,
+            weigh_output=options.weigh_output,
         )
         refit = _refit(Path(options.csv), hardware) if options.csv else None
         constants = refit.constants if refit else PAPER_CONSTANTS
@@ -134,6 +135,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", choices=("ring", "all_gather"), default="ring", help="form of context parallelism")
     parser.add_argument("--sharding", choices=("any", "zero1", "fsdp"), default="any", help="what data ranks may split")
     parser.add_argument("--recompute", choices=("auto", *RECOMPUTE), default="auto", help="auto: the least that fits")
+    parser.add_argument(
+        "--weigh_output",
+        action="store_true",
+        help="the paper's program: routing weights multiply the output of experts, which is then kept",
+    )
     parser.add_argument("--folding", help="also predict this one and compare it with the best")
     parser.add_argument("--top", type=int, default=5, help="rows to show and explain (default 5)")
     parser.add_argument("--csv", help="measured rows to refit the constants to")

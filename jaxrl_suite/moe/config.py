@@ -60,7 +60,9 @@ class MoEConfig(Config):
     context: Literal["all_gather", "ring"] = field("all_gather", help="how context ranks see each other's keys")
     zigzag: bool = field(True, help="context rank r owns chunks r and 2·CP-1-r of a sequence, to balance causal work")
     sharding: Literal["none", "zero1", "fsdp"] = field("none", help="what is split over the data ranks")
-    remat: Remat = field("none", help="what the backward pass recomputes; only full_with_dispatch repeats an exchange")
+    remat: Remat = field(
+        "none", help="what the backward pass recomputes; under 1F1B full repeats exchanges, see pending"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
