@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import functools
 import importlib.util
 import logging
 import math
@@ -230,17 +229,12 @@ class _Session:
                                  stop_tokens=tuple(self.tokenizer.stop_tokens), pad_token=self.tokenizer.pad_token),
             assemble=(lambda lora_params, base: lm.apply_lora(base, lora_params, lora)) if lora else lambda p, _: p,
             merge=jax.jit(lambda lora_params, base: lm.merge_lora(base, lora_params, lora)) if lora else None,
-            weighted_log_probs=functools.partial(
-                lm.weighted_token_log_probs, self.model, temperature=config.temperature
-            ),
+            early=lm.early_gradient(self.model, temperature=config.temperature),
         )  # fmt: skip
         self.keep_reference = kl_kind != "none" or lora is not None
-        hparams = alignment.TrainerHParams(config.kl_coefficient, config.entropy_coefficient)
-        self._update = jax.jit(
-            lambda state, prompts, mask, generation, rewards, scored, objectives: alignment.update(
-                self.trainer, state, prompts, mask, generation, rewards, scored, hparams=hparams, objectives=objectives
-            )
-        )
+        self.hparams = alignment.TrainerHParams(config.kl_coefficient, config.entropy_coefficient)
+        self._update = jax.jit(lambda state, *rollout, objectives, laws: alignment.update(
+            self.trainer, state, *rollout, hparams=self.hparams, objectives=objectives, laws=laws))  # fmt: skip
 
     def init(self) -> alignment.TrainerState:
         """State before the first step."""
@@ -259,7 +253,7 @@ class _Session:
 
     def _step(self, state: Any, step: int) -> tuple[Any, dict[str, np.ndarray]]:
         prompts, mask, chosen = self.questions.batch(self.data_key, step)
-        generation = alignment.rollout(self.trainer, state, prompts, mask)
+        generation, laws = alignment.rollout_with_laws(self.trainer, state, prompts, mask, hparams=self.hparams)
         scores = self._score(generation, chosen, state)
         grouped = (len(self.config.names), len(chosen), self.config.group_size)
         rewards, scored = scores.rewards.reshape(grouped), scores.mask.reshape(grouped)
@@ -270,7 +264,7 @@ class _Session:
             if name == "conciseness":  # fronts are about length itself, in units of the window
                 values[index] = 1 - lengths.mean() / self.config.max_tokens
         state, metrics = self._update(
-            state, prompts, mask, generation, rewards, scored, jnp.asarray(values, jnp.float32)
+            state, prompts, mask, generation, rewards, scored, objectives=jnp.asarray(values, jnp.float32), laws=laws
         )
         for name, message in scores.messages.items():
             log.warning("step %d, reward %s: %s", step, name, message)

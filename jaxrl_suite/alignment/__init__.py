@@ -27,7 +27,7 @@ from jaxrl_suite.alignment.losses import (
 )
 from jaxrl_suite.alignment.running import RunningMean, init_running_mean, update_running_mean
 from jaxrl_suite.alignment.text_rewards import accuracy, clarity, conciseness, corrected_clarity
-from jaxrl_suite.alignment.trainer import rollout, run_trainer, trainer_step
+from jaxrl_suite.alignment.trainer import rollout, rollout_with_laws, run_trainer, trainer_step
 from jaxrl_suite.alignment.trainer_state import (
     Metrics,
     Trainer,
@@ -71,6 +71,7 @@ __all__ = [
     "remax_advantages",
     "rloo_advantages",
     "rollout",
+    "rollout_with_laws",
     "run_trainer",
     "score",
     "soft_min_rewards",

@@ -28,6 +28,7 @@ class Batch(NamedTuple):
         mask: bool [N, T], completion tokens that count in the loss.
         old: [N, T], log-probabilities under the policy that sampled.
         reference: [N, T], under the reference policy; None without a penalty.
+        laws: what the rollout kept of the laws that sampled, or None.
     """
 
     tokens: Array
@@ -35,6 +36,7 @@ class Batch(NamedTuple):
     mask: Array
     old: Array
     reference: Array | None
+    laws: Any
 
 
 class Linearised(NamedTuple):
@@ -51,7 +53,9 @@ class Linearised(NamedTuple):
     push: Callable[[Any], Array]
 
 
-def join_batch(trainer: Trainer, state: TrainerState, prompts: Array, mask: Array, generation: Generation) -> Batch:
+def join_batch(
+    trainer: Trainer, state: TrainerState, prompts: Array, mask: Array, generation: Generation, laws: Any
+) -> Batch:
     """Prompts [B, P] and completions [B * G, T] as rows, with the log-probabilities that the loss compares with."""
     size = trainer.config.group_size
     tokens = jnp.concatenate([jnp.repeat(prompts, size, axis=0), generation.tokens], axis=1)
@@ -64,7 +68,7 @@ def join_batch(trainer: Trainer, state: TrainerState, prompts: Array, mask: Arra
     if trainer.loss.kl_kind != "none" and state.reference is not None:
         values = trainer.policy.log_probs(state.reference, tokens, segments, start=prompts.shape[1])
         reference = jax.lax.stop_gradient(values)
-    return Batch(tokens, segments, valid, generation.log_probs, reference)
+    return Batch(tokens, segments, valid, generation.log_probs, reference, laws)
 
 
 def linearise_log_probs(trainer: Trainer, reference: Any, params: Any, batch: Batch) -> Linearised:
@@ -127,34 +131,18 @@ def loss_and_slope(
     return value, slope, terms
 
 
-def slope_is_known(trainer: Trainer, batch: Batch, hparams: TrainerHParams) -> bool:
-    """Whether the loss has the same slope whatever the log-probabilities, and the trainer can use that.
-
-    In the first optimiser step after a rollout the ratio is one by construction, so only a penalty or an entropy bonus
-    could make the slope depend on them.
-    """
-    entropy, config = hparams.entropy_coefficient, trainer.config
-    return (
-        trainer.weighted_log_probs is not None
-        and "influence" not in trainer.rule.reads
-        and config.num_minibatches == config.num_microbatches == 1
-        and batch.reference is None
-        and isinstance(entropy, float | int)
-        and entropy == 0
-    )
-
-
 def known_slope_gradient(
     trainer: Trainer, reference: Any, params: Any, advantages: Array, batch: Batch, hparams: TrainerHParams
 ) -> tuple[Array, Any]:
-    """Log-probabilities [N, T] and the gradient of the loss where :func:`slope_is_known`."""
+    """Log-probabilities [N, T] and the gradient of the loss where it is known beforehand."""
     anywhere = jnp.zeros_like(batch.old)
     slope = loss_and_slope(trainer, anywhere, anywhere, advantages, batch, hparams)[1]
     start = batch.tokens.shape[1] - batch.mask.shape[1]
-    score: Any = trainer.weighted_log_probs
+    early: Any = trainer.early
 
     def weighted(params: Any) -> tuple[Array, Array]:
-        return score(trainer.assemble(params, reference), batch.tokens, batch.segments, slope, start=start)
+        model = trainer.assemble(params, reference)
+        return early.weighted_log_probs(model, batch.tokens, batch.segments, slope, start=start, laws=batch.laws)
 
     (_, values), gradient = jax.value_and_grad(weighted, has_aux=True)(params)
     return values, gradient

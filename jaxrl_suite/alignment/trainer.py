@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_suite.alignment.running import RunningMean, update_running_mean
-from jaxrl_suite.alignment.trainer_state import Metrics, Trainer, TrainerHParams, TrainerState
+from jaxrl_suite.alignment.trainer_state import Metrics, Trainer, TrainerHParams, TrainerState, slope_is_known
 from jaxrl_suite.alignment.update import update
 from jaxrl_suite.types import Array, Generation
 
@@ -29,6 +29,22 @@ def rollout(trainer: Trainer, state: TrainerState, prompts: Array, mask: Array) 
     Returns:
         Generation of ``B * G`` rows, the G completions of a prompt in a row.
     """
+    return trainer.policy.generate(*_request(trainer, state, prompts, mask))
+
+
+def rollout_with_laws(
+    trainer: Trainer, state: TrainerState, prompts: Array, mask: Array, *, hparams: TrainerHParams | None = None
+) -> tuple[Generation, Any]:
+    """:func:`rollout`, and the laws that tokens were drawn from where :func:`update` can use them again; else None."""
+    known_slope = slope_is_known(trainer, state.reference, TrainerHParams() if hparams is None else hparams)
+    request = _request(trainer, state, prompts, mask)
+    if trainer.early is not None and known_slope:
+        return trainer.early.generate(*request)
+    return trainer.policy.generate(*request), None
+
+
+def _request(trainer: Trainer, state: TrainerState, prompts: Array, mask: Array) -> tuple[Any, ...]:
+    """Arguments of a policy's ``generate``: every prompt once for each sample of its group."""
     size = trainer.config.group_size
     repeat = lambda x: jnp.repeat(x, size, axis=0)  # noqa: E731
     number = prompts.shape[0]
@@ -36,7 +52,7 @@ def rollout(trainer: Trainer, state: TrainerState, prompts: Array, mask: Array) 
     ids = jnp.stack([index // size, index % size], axis=1)
     params = (trainer.merge or trainer.assemble)(state.params, state.reference)
     key = jax.random.fold_in(state.key, state.step)
-    return trainer.policy.generate(key, params, repeat(prompts), repeat(mask), ids, trainer.sampling)
+    return key, params, repeat(prompts), repeat(mask), ids, trainer.sampling
 
 
 def trainer_step(
@@ -61,11 +77,11 @@ def trainer_step(
     Returns:
         The next state and the metrics.
     """
-    generation = rollout(trainer, state, prompts, mask)
+    generation, laws = rollout_with_laws(trainer, state, prompts, mask, hparams=hparams)
     lengths = update_running_mean(state.lengths, jnp.sum(generation.mask, axis=1))
     rewards = reward(state.params, generation, lengths)
     grouped = rewards.reshape(rewards.shape[0], prompts.shape[0], trainer.config.group_size)
-    return update(trainer, state, prompts, mask, generation, grouped, hparams=hparams)
+    return update(trainer, state, prompts, mask, generation, grouped, hparams=hparams, laws=laws)
 
 
 def run_trainer(

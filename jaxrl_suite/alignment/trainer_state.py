@@ -10,6 +10,7 @@ import optax
 from jaxrl_suite.alignment.losses import LossConfig
 from jaxrl_suite.alignment.running import RunningMean, init_running_mean
 from jaxrl_suite.config import Config, check, field
+from jaxrl_suite.lm import EarlyGradient
 from jaxrl_suite.pareto import WeightRule
 from jaxrl_suite.types import Array, Policy, PRNGKey
 
@@ -113,11 +114,9 @@ class Trainer(NamedTuple):
         assemble: ``assemble(params, reference) -> model parameters`` for the update: identity by default, LoRA's
             thin differences beside the frozen matrices.
         merge: the same for sampling, where whole matrices decode faster; ``assemble`` by default.
-        weighted_log_probs: ``weighted_log_probs(model parameters, tokens [N, P + T], segments, weights [N, T],
-            start=P) -> (sum(weights * log_probs), log_probs [N, T])`` with the gradient of the sum computed on the way
-            (``lm.weighted_token_log_probs`` with the model bound). Used where the slope of the loss is known before the
-            log-probabilities are: one optimiser step a rollout on whole batches, without influence, penalty or
-            entropy bonus. None always goes through ``policy.log_probs``.
+        early: the policy once more, with gradients taken on the way (``lm.early_gradient(model)``). Used where the
+            slope of the loss is known before the log-probabilities are: one optimiser step a rollout on whole batches,
+            without influence, penalty or entropy bonus. None always goes through ``policy``.
     """
 
     policy: Policy
@@ -128,7 +127,7 @@ class Trainer(NamedTuple):
     sampling: Any
     assemble: Callable[[Any, Any], Any] = lambda params, reference: params
     merge: Callable[[Any, Any], Any] | None = None
-    weighted_log_probs: Callable[..., tuple[Array, Array]] | None = None
+    early: EarlyGradient | None = None
 
 
 class Metrics(NamedTuple):
@@ -148,7 +147,8 @@ class Metrics(NamedTuple):
         loss: [].
         kl: [], mean over tokens, nats.
         clipped: [], share of tokens.
-        ratio_error: [], mean of |ratio - 1| between the sampler and the policy before the update.
+        ratio_error: [], mean of |ratio - 1| between the sampler and the policy before the update. Where the sampler's
+            laws are used again, so are its normalisers: then only the logits of the drawn tokens are compared.
         entropy: [], mean of -log p over sampled tokens, nats.
         gradient_norm: [].
         update_norm: [].
@@ -171,6 +171,23 @@ class Metrics(NamedTuple):
     entropy: Array
     gradient_norm: Array
     update_norm: Array
+
+
+def slope_is_known(trainer: Trainer, reference: Any, hparams: TrainerHParams) -> bool:
+    """Whether the loss has the same slope whatever the log-probabilities, and the trainer can use that.
+
+    In the first optimiser step after a rollout the ratio is one by construction, so only a penalty or an entropy bonus
+    could make the slope depend on them.
+    """
+    entropy, config = hparams.entropy_coefficient, trainer.config
+    return (
+        trainer.early is not None
+        and "influence" not in trainer.rule.reads
+        and config.num_minibatches == config.num_microbatches == 1
+        and (trainer.loss.kl_kind == "none" or reference is None)
+        and isinstance(entropy, float | int)
+        and entropy == 0
+    )
 
 
 def init_trainer(

@@ -15,11 +15,10 @@ from jaxrl_suite.alignment.linearised import (
     known_slope_gradient,
     linearise_log_probs,
     loss_and_slope,
-    slope_is_known,
 )
 from jaxrl_suite.alignment.losses import LossTerms, mask_truncated
 from jaxrl_suite.alignment.running import update_running_mean
-from jaxrl_suite.alignment.trainer_state import Metrics, Trainer, TrainerHParams, TrainerState
+from jaxrl_suite.alignment.trainer_state import Metrics, Trainer, TrainerHParams, TrainerState, slope_is_known
 from jaxrl_suite.config import check
 from jaxrl_suite.distributions import masked_mean, masked_variance
 from jaxrl_suite.pareto import Signals, weight_gain
@@ -38,6 +37,7 @@ def update(
     *,
     hparams: TrainerHParams | None = None,
     objectives: Array | None = None,
+    laws: Any = None,
 ) -> tuple[TrainerState, Metrics]:
     """One step of weights and parameters on a scored rollout. Pure; compile it with the trainer closed over.
 
@@ -52,6 +52,7 @@ def update(
         hparams: numbers that people sweep.
         objectives: [K], values of the objectives for the weight rule (validation, say); the batch's means by default.
             Where one is NaN, or nothing was scored for one, rule and weights stay as they are in this step.
+        laws: what :func:`rollout_with_laws` kept at the parameters of ``state``, or None.
 
     Returns:
         The next state and the metrics of this step.
@@ -61,9 +62,10 @@ def update(
     rewards = jnp.asarray(rewards, dtype)
     keep = jnp.isfinite(rewards) if scored is None else jnp.asarray(scored, bool) & jnp.isfinite(rewards)
     rewards = jnp.where(keep, rewards, 0)
-    batch = join_batch(trainer, state, prompts, prompt_mask, generation)
+    known_slope = slope_is_known(trainer, state.reference, hparams)
+    batch = join_batch(trainer, state, prompts, prompt_mask, generation, laws if known_slope else None)
     linear = None
-    if not slope_is_known(trainer, batch, hparams):
+    if not known_slope:
         linear = linearise_log_probs(trainer, state.reference, state.params, batch)
     influences = jnp.zeros_like(state.weights)
     if linear is not None and "influence" in trainer.rule.reads:

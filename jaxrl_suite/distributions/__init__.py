@@ -1,8 +1,10 @@
 """The one door to distrax, entropy and information measures, and masked statistics."""
 
 from jaxrl_suite.distributions.categorical import (
+    Mass,
     categorical,
     draw_token,
+    draw_with_mass,
     epsilon_greedy,
     greedy,
     invert_cdf,
@@ -20,10 +22,12 @@ from jaxrl_suite.distributions.information import (
 from jaxrl_suite.distributions.statistics import masked_mean, masked_variance, masked_whiten
 
 __all__ = [
+    "Mass",
     "binary_entropy",
     "categorical",
     "conditional_entropy",
     "draw_token",
+    "draw_with_mass",
     "entropy",
     "entropy_terms",
     "epsilon_greedy",

@@ -5,7 +5,7 @@ toolkit imports it, and importing this package does not either.
 """
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,20 @@ def epsilon_greedy(preferences: Array, epsilon: float) -> Any:
         return _distrax().EpsilonGreedy(preferences, epsilon)
 
 
+class Mass(NamedTuple):
+    """Unnormalised laws of a batch: ``p = powers / total``, ``log p = logit - best - log(total)``.
+
+    Attributes:
+        powers: [..., V], ``exp(logit - best)``.
+        best: [...], largest logit.
+        total: [...], sum of the powers.
+    """
+
+    powers: Array
+    best: Array
+    total: Array
+
+
 def draw_token(keys: PRNGKey, logits: Array) -> tuple[Array, Array]:
     """One draw a row from a large vocabulary, by inverting the distribution function in two levels.
 
@@ -83,18 +97,36 @@ def draw_token(keys: PRNGKey, logits: Array) -> tuple[Array, Array]:
     Returns:
         Drawn entries int32 [B], and their log-probabilities [B] in nats, float32 at least.
     """
+    return draw_with_mass(keys, logits)[:2]
+
+
+def draw_with_mass(keys: PRNGKey, logits: Array) -> tuple[Array, Array, Mass]:
+    """:func:`draw_token`, and the laws that it drew from: what it exponentiates and sums anyway."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     batch, size = logits.shape
     uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,), logits.dtype))(keys)
-    best = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-    width = max(1, int(size**0.5))
-    mass = jnp.pad(jnp.exp(logits - best), ((0, 0), (0, -size % width))).reshape(batch, -1, width)
-    blocks = mass.sum(axis=-1)
+    best = jax.lax.stop_gradient(logits.max(axis=-1))
+    # Written out once: XLA would otherwise take them anew, on one core of a CPU, for each of their readers.
+    powers = jax.lax.optimization_barrier(jnp.exp(logits - best[:, None]))
+    width = _block_width(size)
+    parts = jnp.pad(powers, ((0, 0), (0, -size % width))).reshape(batch, -1, width)
+    blocks = parts.sum(axis=-1)
     block = invert_cdf(blocks, uniforms[:, 0])
-    inside = invert_cdf(jnp.take_along_axis(mass, block[:, None, None], axis=1)[:, 0], uniforms[:, 1])
+    inside = invert_cdf(jnp.take_along_axis(parts, block[:, None, None], axis=1)[:, 0], uniforms[:, 1])
     tokens = block * width + inside
-    normaliser = best[:, 0] + jnp.log(blocks.sum(axis=-1))
-    return tokens, jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - normaliser
+    mass = Mass(powers, best, blocks.sum(axis=-1))
+    return tokens, jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - best - jnp.log(mass.total), mass
+
+
+def _block_width(size: int) -> int:
+    """Near the root of the vocabulary; a divisor of a large one, of which a padded copy costs more than the draw.
+
+    >>> _block_width(49152), _block_width(100)
+    (192, 10)
+    """
+    root = max(1, int(size**0.5))
+    divisors = [width for width in range(root, root // 2, -1) if size % width == 0]
+    return divisors[0] if divisors and size >= 4096 else root
 
 
 def invert_cdf(mass: Array, uniform: Array) -> Array:

@@ -69,12 +69,14 @@ from jaxrl_suite.lm.feed_forward import (
     sparse_feed_forward,
     swiglu,
 )
-from jaxrl_suite.lm.generation import generate_from_law, left_pad, row_keys
+from jaxrl_suite.lm.generation import generate_and_keep, generate_from_law, left_pad, row_keys
 from jaxrl_suite.lm.layers import LowRank, RowMajor, project, rms_norm, row_major, vary_like
 from jaxrl_suite.lm.likelihood import log_probs, weighted_log_probs
 from jaxrl_suite.lm.lora import LoraConfig, apply_lora, init_lora, merge_lora
 from jaxrl_suite.lm.model import (
+    EarlyGradient,
     LanguageModel,
+    early_gradient,
     generate,
     policy,
     sequence_law,
@@ -103,6 +105,7 @@ __all__ = [
     "ByteTokenizer",
     "DecodeParams",
     "DecodeState",
+    "EarlyGradient",
     "LanguageModel",
     "LanguageModelConfig",
     "LoraConfig",
@@ -126,11 +129,13 @@ __all__ = [
     "default_feed_forward",
     "dense_feed_forward",
     "draw",
+    "early_gradient",
     "embed",
     "final_norm",
     "flatten",
     "forward",
     "generate",
+    "generate_and_keep",
     "generate_from_law",
     "head",
     "head_table",

@@ -105,7 +105,7 @@ def prefill(
 
     def layer(x: Array, layer_params: Params, window: int | None) -> tuple[Array, tuple[Array, Array]]:
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-            kept = tuple(jnp.pad(x.swapaxes(1, 2), room) for x in (k, v))
+            kept = jnp.pad(k.swapaxes(1, 2), room), jnp.pad(v.swapaxes(1, 2), room)
             return blockwise_attend(q, k, v, positions, segments, window=window), kept
 
         x, _, kept = block_with_state(

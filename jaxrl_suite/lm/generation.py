@@ -1,13 +1,13 @@
 """Sampling continuations from any sequence law, with keys that belong to rows and positions, not to the batch."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_suite.config import check
-from jaxrl_suite.distributions import draw_token
+from jaxrl_suite.distributions import Mass, draw_with_mass
 from jaxrl_suite.lm.sampling import Sampling, sampling_logits
 from jaxrl_suite.types import Array, Generation, PRNGKey, SequenceLaw
 
@@ -61,63 +61,91 @@ def generate_from_law(
     Returns:
         Generation of T = max_tokens columns.
     """
+    return generate_and_keep(
+        key, law, params, prompts, mask, row_ids=row_ids, sampling=sampling, loop=loop, keep=False
+    )[0]  # fmt: skip
+
+
+def generate_and_keep(
+    key: PRNGKey,
+    law: SequenceLaw,
+    params: Any,
+    prompts: Array,
+    mask: Array,
+    *,
+    row_ids: Array,
+    sampling: Sampling,
+    loop: Loop = "while",
+    keep: bool = True,
+) -> tuple[Generation, Mass | None]:
+    """:func:`generate_from_law` and, if asked, the laws that the tokens were drawn from, [T, B, V].
+
+    Time comes first, so that every step writes one piece in place. Steps that were not taken have no mass. None
+    without ``keep`` and for greedy rows, which are not drawn.
+    """
     keys = row_keys(key, row_ids)
     stops = jnp.asarray(sampling.stop_tokens, jnp.int32)
 
-    def sample(logits: Array, step: Array, done: Array) -> tuple[Array, Array, Array, Array]:
+    def sample(logits: Array, step: Array, done: Array) -> tuple[_Drawn, Array]:
         kept = sampling_logits(logits, sampling)
         if sampling.greedy:
-            token, log_prob = jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros_like(kept[:, 0])
+            token, log_prob, laws = jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros_like(kept[:, 0]), None
         else:
-            token, log_prob = draw_token(jax.vmap(jax.random.fold_in, (0, None))(keys, step), kept)
+            token, log_prob, laws = draw_with_mass(jax.vmap(jax.random.fold_in, (0, None))(keys, step), kept)
         token = jnp.where(done, jnp.asarray(sampling.pad_token, jnp.int32), token)
         log_prob = jnp.where(done, jnp.zeros_like(log_prob), log_prob)
         ended = done | (token[:, None] == stops[None]).any(axis=1)
-        return token, log_prob, ~done, ended
+        return _Drawn(token, log_prob, ~done, laws if keep else None), ended
 
     state = law.init(params, prompts, mask)
     first = sample(law.logits(state), jnp.zeros((), jnp.int32), jnp.zeros(prompts.shape[:1], bool))
 
-    def advance(state: Any, token: Array, done: Array, step: Array) -> tuple[Any, tuple[Array, ...]]:
+    def advance(state: Any, token: Array, done: Array, step: Array) -> tuple[Any, tuple[_Drawn, Array]]:
         state, logits = law.step(params, state, token)
         return state, sample(logits, step, done)
 
     run = _run_scan if loop == "scan" else _run_while
-    tokens, log_probs, real = run(advance, state, first, sampling)
-    return Generation(tokens, log_probs, real)
+    drawn = run(advance, state, first, sampling.max_tokens)
+    tokens = jnp.where(drawn.real, drawn.token, jnp.asarray(sampling.pad_token, jnp.int32))
+    return Generation(tokens.T, drawn.log_prob.T, drawn.real.T), drawn.laws
 
 
-def _run_scan(advance: Any, state: Any, first: tuple[Array, ...], sampling: Sampling) -> tuple[Array, Array, Array]:
+class _Drawn(NamedTuple):
+    """One token a row, [B] each, and the laws; or a whole run of them, with time as the first axis."""
+
+    token: Array
+    log_prob: Array
+    real: Array
+    laws: Mass | None
+
+
+def _run_scan(advance: Any, state: Any, first: tuple[_Drawn, Array], max_tokens: int) -> _Drawn:
     def body(carry: tuple[Any, Array, Array], step: Array):
         state, token, done = carry
-        state, (token, log_prob, real, done) = advance(state, token, done, step)
-        return (state, token, done), (token, log_prob, real)
+        state, (drawn, done) = advance(state, token, done, step)
+        return (state, drawn.token, done), drawn
 
-    steps = jnp.arange(1, sampling.max_tokens, dtype=jnp.int32)
-    _, rest = jax.lax.scan(body, (state, first[0], first[3]), steps)
-    return jax.tree.map(lambda one, more: jnp.concatenate([one[:, None], more.T], axis=1), first[:3], rest)
+    drawn, done = first
+    _, rest = jax.lax.scan(body, (state, drawn.token, done), jnp.arange(1, max_tokens, dtype=jnp.int32))
+    return jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), drawn, rest)
 
 
-def _run_while(advance: Any, state: Any, first: tuple[Array, ...], sampling: Sampling) -> tuple[Array, Array, Array]:
-    token, log_prob, real, done = first
-    shape = (token.shape[0], sampling.max_tokens)
-    record = (
-        jnp.full(shape, sampling.pad_token, jnp.int32).at[:, 0].set(token),
-        jnp.zeros(shape, log_prob.dtype).at[:, 0].set(log_prob),
-        jnp.zeros(shape, bool).at[:, 0].set(real),
-    )
+def _run_while(advance: Any, state: Any, first: tuple[_Drawn, Array], max_tokens: int) -> _Drawn:
+    drawn, done = first
+    put = jax.lax.dynamic_update_index_in_dim  # unlike ``at``, it does not read what it replaces
+    record = jax.tree.map(lambda one: jnp.zeros((max_tokens, *one.shape), one.dtype).at[0].set(one), drawn)
 
     def unfinished(carry: tuple[Any, ...]) -> Array:
         _, _, done, step, _ = carry
-        return (step < sampling.max_tokens) & ~done.all()
+        return (step < max_tokens) & ~done.all()
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         state, token, done, step, record = carry
-        state, (token, log_prob, real, done) = advance(state, token, done, step)
-        record = tuple(all_.at[:, step].set(new) for all_, new in zip(record, (token, log_prob, real)))
-        return state, token, done, step + 1, record
+        state, (drawn, done) = advance(state, token, done, step)
+        record = jax.tree.map(lambda all_, new: put(all_, new, step, axis=0), record, drawn)
+        return state, drawn.token, done, step + 1, record
 
-    return jax.lax.while_loop(unfinished, body, (state, token, done, jnp.ones((), jnp.int32), record))[-1]
+    return jax.lax.while_loop(unfinished, body, (state, drawn.token, done, jnp.ones((), jnp.int32), record))[-1]
 
 
 def left_pad(rows: list[list[int]], *, pad_token: int = 0, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_suite.config import check
+from jaxrl_suite.distributions import Mass
 from jaxrl_suite.lm.config import LanguageModelConfig
 from jaxrl_suite.lm.decoder import IDENTITY, final_norm, forward, head_table, logits_of
 from jaxrl_suite.lm.layers import wide
@@ -59,6 +60,7 @@ def weighted_log_probs(
     temperature: float | Array = 1.0,
     chunk: int | None = None,
     start: int = 0,
+    laws: Mass | None = None,
     **options: Any,
 ) -> tuple[Array, Array]:
     """``sum_t weights_t log_probs_t`` with its gradient computed on the way, and the log-probabilities themselves.
@@ -75,6 +77,9 @@ def weighted_log_probs(
         temperature: logits are divided by it.
         chunk: rows of logits held at once; chosen from the vocabulary by default.
         start: first token wanted.
+        laws: [T - start, B, V] of the powers, where the tokens were drawn from these very laws (same parameters, same
+            temperature) and :func:`jaxrl_suite.lm.generate_and_keep` kept them. They save one more product and the
+            exponentials; the log-probabilities are then of logits computed here under their normalisers.
         **options: as for :func:`jaxrl_suite.lm.decoder.forward`.
 
     Returns:
@@ -85,12 +90,18 @@ def weighted_log_probs(
     """
     rows, targets, real = _scored(params, tokens, segments, config, IDENTITY, start, options)
     table = head_table(params)
-    flat = rows.reshape(-1, rows.shape[-1]) / jnp.asarray(temperature, rows.dtype)
-    size = chunk_size(flat, table, chunk)
-    kept = jnp.where(real, weights, 0).reshape(-1)
-    chunks = Chunks(size, wide(rows.dtype, config.accumulate_dtype))
-    total, scores = weighted_scores(chunks, flat, table, targets.reshape(-1), kept)
-    return total, jnp.where(real, jax.lax.stop_gradient(scores).reshape(real.shape), 0.0)
+    # Time first, as laws are kept.
+    flat, targets, kept = (
+        x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for x in (rows, targets, jnp.where(real, weights, 0))
+    )
+    if laws is not None:  # a step that was not taken has no mass
+        total = jnp.where(real.T, laws.total, jnp.ones_like(laws.total))
+        laws = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), laws._replace(total=total))
+    flat = flat / jnp.asarray(temperature, rows.dtype)
+    chunks = Chunks(chunk_size(flat, table, chunk), wide(rows.dtype, config.accumulate_dtype))
+    total, scores = weighted_scores(chunks, flat, table, targets, kept, laws)
+    scores = jax.lax.stop_gradient(scores).reshape(real.T.shape).T
+    return total, jnp.where(real, scores, 0.0)
 
 
 def _scored(

@@ -1,17 +1,20 @@
 """The model as an object: a thin Linen module, and the functions that take it."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_suite.distributions import Mass
 from jaxrl_suite.lm.cache import DecodeParams, decode_params, decoder_law
 from jaxrl_suite.lm.config import LanguageModelConfig
-from jaxrl_suite.lm.decoder import apply
-from jaxrl_suite.lm.generation import Loop, check_prompts, generate_from_law
+from jaxrl_suite.lm.decoder import apply, head_table
+from jaxrl_suite.lm.generation import Loop, check_prompts, generate_and_keep
+from jaxrl_suite.lm.layers import wide
 from jaxrl_suite.lm.likelihood import log_probs, weighted_log_probs
 from jaxrl_suite.lm.parameters import init_params
 from jaxrl_suite.lm.sampling import Sampling
@@ -61,16 +64,18 @@ def weighted_token_log_probs(
     *,
     temperature: float | Array = 1.0,
     start: int = 0,
+    laws: Mass | None = None,
 ) -> tuple[Array, Array]:
     """``sum(weights * token_log_probs)`` with its gradient computed on the way, and those log-probabilities.
 
-    With the model bound it is what :class:`jaxrl_suite.alignment.Trainer` takes as ``weighted_log_probs``.
+    ``laws`` are those that the tokens were drawn from, where they were kept; see :func:`early_gradient`.
     """
-    config = model.config
-    return weighted_log_probs(params, tokens, segments, weights, config=config, temperature=temperature, start=start)
+    return weighted_log_probs(
+        params, tokens, segments, weights, config=model.config, temperature=temperature, start=start, laws=laws
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "loop", "unrolled"))
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "loop", "unrolled", "keep"))
 def _generate(
     key: PRNGKey,
     params: Params | DecodeParams,
@@ -82,11 +87,12 @@ def _generate(
     sampling: Sampling,
     loop: Loop,
     unrolled: bool,
-) -> Generation:
+    keep: bool,
+) -> tuple[Generation, Mass | None]:
     if unrolled and not isinstance(params, DecodeParams):
         params = decode_params(params, config)
     law = decoder_law(config, max_tokens=sampling.max_tokens)
-    return generate_from_law(key, law, params, prompts, mask, row_ids=row_ids, sampling=sampling, loop=loop)
+    return generate_and_keep(key, law, params, prompts, mask, row_ids=row_ids, sampling=sampling, loop=loop, keep=keep)
 
 
 def generate(
@@ -122,13 +128,31 @@ def generate(
     Raises:
         ValueError: shapes do not fit, padding is not on the left, tokens lie outside the vocabulary.
     """
+    return _checked(
+        key, model, params, prompts, mask, row_ids, sampling=sampling, loop=loop, unrolled=unrolled, keep=False
+    )[0]  # fmt: skip
+
+
+def _checked(
+    key: PRNGKey,
+    model: LanguageModel,
+    params: Params | DecodeParams,
+    prompts: Array | np.ndarray,
+    mask: Array | np.ndarray,
+    row_ids: Array | np.ndarray,
+    *,
+    sampling: Sampling,
+    loop: Loop = "while",
+    unrolled: bool | None = None,
+    keep: bool,
+) -> tuple[Generation, Mass | None]:
     config = model.config
     check_prompts(prompts, mask, row_ids, config.vocab_size)
     if unrolled is None:
         unrolled = isinstance(params, DecodeParams) or (jax.default_backend() == "cpu" and config.num_layers <= 64)
     return _generate(
         key, params, jnp.asarray(prompts), jnp.asarray(mask), jnp.asarray(row_ids),
-        config=config, sampling=sampling, loop=loop, unrolled=unrolled,
+        config=config, sampling=sampling, loop=loop, unrolled=unrolled, keep=keep,
     )  # fmt: skip
 
 
@@ -154,3 +178,42 @@ def policy(model: LanguageModel, *, temperature: float = 1.0) -> Policy:
         return generate(key, model, params, prompts, mask, row_ids=row_ids, sampling=sampling, **options)
 
     return Policy(policy_log_probs, policy_generate)
+
+
+class EarlyGradient(NamedTuple):
+    """What a trainer can use that knows the slope of its loss before it knows the log-probabilities.
+
+    Attributes:
+        generate: as of a ``Policy``, but returns the Generation and, where they can be used again and fit, the laws
+            that the tokens were drawn from; else None.
+        weighted_log_probs: ``weighted_log_probs(params, tokens [B, T], segments, weights [B, T - start], *, start,
+            laws=None) -> (sum(weights * log_probs), log_probs [B, T - start])``, the gradient of the sum computed on
+            the way. ``laws`` must be those of the same parameters.
+    """
+
+    generate: Callable[..., tuple[Generation, Any]]
+    weighted_log_probs: Callable[..., tuple[Array, Array]]
+
+
+def early_gradient(model: LanguageModel, *, temperature: float = 1.0, keep_bytes: int = 1 << 30) -> EarlyGradient:
+    """Gradients of weighted log-probabilities with two or three products with the output table instead of four.
+
+    Args:
+        model: the decoder.
+        temperature: as of :func:`policy`.
+        keep_bytes: most memory for the laws of a rollout, [T, B, V] in float32 at least; they are kept between rollout
+            and update where they fit and are the policy's own: drawn at the same temperature without truncation. Beyond
+            it, or with 0, the update computes them again in chunks.
+    """
+
+    def early_generate(
+        key: PRNGKey, params: Params, prompts: Array, mask: Array, row_ids: Array, sampling: Sampling, **options: Any
+    ) -> tuple[Generation, Mass | None]:
+        config = model.config
+        whole = params.params if isinstance(params, DecodeParams) else params
+        dtype = wide(config.activation_dtype(head_table(whole).dtype), config.accumulate_dtype)
+        size = prompts.shape[0] * sampling.max_tokens * config.vocab_size * dtype.itemsize
+        keep = sampling.is_whole and sampling.temperature == temperature and size <= keep_bytes
+        return _checked(key, model, params, prompts, mask, row_ids, sampling=sampling, keep=keep, **options)
+
+    return EarlyGradient(early_generate, functools.partial(weighted_token_log_probs, model, temperature=temperature))

@@ -39,6 +39,11 @@ class Sampling(Config):
         rule(0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
         rule(0 <= self.min_p <= 1, "min_p", "must be in [0, 1]")
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every token can be drawn: the law is the model's at this temperature."""
+        return not self.greedy and self.top_k == 0 and self.top_p == 1 and self.min_p == 0
+
 
 def sampling_logits(logits: Array, sampling: Sampling) -> Array:
     """Unnormalised log-probabilities of the sampling law; -inf where a token cannot be drawn.

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl_suite.distributions import Mass
 from jaxrl_suite.lm.layers import vary_like, wide
 from jaxrl_suite.types import Array
 
@@ -34,13 +35,6 @@ class Chunks(NamedTuple):
     dtype: Any
 
 
-class _Mass(NamedTuple):
-    """Largest logit of every row and the sum of ``exp(logit - largest)``: [rows] each."""
-
-    best: Array
-    total: Array
-
-
 def cut(size: int, x: Array) -> Array:
     """Rows [N, ...] in whole chunks [n, size, ...], the last filled up with zeros."""
     x = jnp.pad(x, ((0, -x.shape[0] % size), *[(0, 0)] * (x.ndim - 1)))
@@ -58,58 +52,85 @@ def _product(a: Array, b: Array, contracted: tuple[int, int], dtype: Any) -> Arr
     )
 
 
-def _mass(logits: Array) -> tuple[_Mass, Array]:
-    """What normalises each row, and the exponentials ``exp(logit - largest)`` that it is the sum of."""
+def _mass(logits: Array) -> Mass:
     best = logits.max(axis=-1)
     # Written out before they are summed: fused into the sum, XLA takes them one after another on one core of a CPU.
     powers = jax.lax.optimization_barrier(jnp.exp(logits - best[:, None]))
-    return _Mass(best, powers.sum(axis=-1)), powers
+    return Mass(powers, best, powers.sum(axis=-1))
 
 
-def _log_prob(logits: Array, wanted: Array, mass: _Mass) -> Array:
+def _log_prob(logits: Array, wanted: Array, mass: Mass) -> Array:
     return jnp.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0] - mass.best - jnp.log(mass.total)
 
 
-def _gradients(chunks: Chunks, rows: Array, table: Array, tokens: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """Scores, and the gradients of ``sum_n weights_n log softmax(table h_n)[tokens_n]``.
+class _Rows(NamedTuple):
+    """Rows of the output table's product: activations [n, D] and turned [D, n], the row of the table that was chosen
+    [n, D], its number [n], and the weight [n]."""
+
+    h: Array
+    turned: Array
+    chosen: Array
+    wanted: Array
+    weight: Array
+
+
+def _row_gradients(rows: _Rows, table: Array, mass: Mass, dtype: Any) -> tuple[Array, Array]:
+    """Gradients by the activations [n, D] and, but for the chosen rows, by the table [D, V].
 
     ``d h_n = weights_n (table[tokens_n] - sum_v p_nv table_v)`` and ``d table_v = sum_n weights_n (1[v = tokens_n] -
-    p_nv) h_n``. With ``p = powers / total`` the division and the weights act on the narrow factors of the products and
-    the ones on single rows, so that ``powers`` is the only array of the vocabulary's width that is written.
+    p_nv) h_n``. With ``p = powers / total`` division, weights and sign act on the narrow factors of the products, so
+    that no second array of the vocabulary's width is written.
+    """
+    # Weights of one over the number of tokens are below the range of float16.
+    narrow = dtype if rows.h.dtype == jnp.float16 else rows.h.dtype
+    powers = mass.powers.astype(narrow)
+    mean = _product(powers, table, (1, 0), dtype) / mass.total[:, None]
+    # The factor of the table's gradient stands ready as [D, n]: the product need not turn the larger one around.
+    factor = (rows.turned.astype(dtype) * (-rows.weight / mass.total)).astype(narrow)
+    return rows.weight[:, None] * (rows.chosen - mean), _product(factor, powers, (1, 0), dtype)
+
+
+def _gradients(
+    chunks: Chunks, h: Array, table: Array, tokens: Array, weights: Array, laws: Mass | None
+) -> tuple[Array, Array, Array]:
+    """Scores, and the gradients of ``sum_n weights_n log softmax(table h_n)[tokens_n]``.
 
     Args:
         chunks: how to walk.
-        rows: [N, D].
+        h: [N, D].
         table: [V, D].
         tokens: int32 [N].
         weights: [N].
+        laws: [N, V] of the powers where they are known, see :func:`weighted_scores`.
 
     Returns:
         The log-probabilities [N], the gradient by rows [N, D] and by the table [V, D], in the dtype of sums.
     """
-    dtype = chunks.dtype
-    # Weights of one over the number of tokens are below the range of float16.
-    narrow = dtype if rows.dtype == jnp.float16 else rows.dtype
+    dtype, number = chunks.dtype, h.shape[0]
+    weights = weights.astype(dtype)
     chosen = table[tokens].astype(dtype)
-    parts = tuple(cut(chunks.rows, x) for x in (rows, chosen, tokens, weights.astype(dtype)))
-    # The factor of the table's gradient stands ready as [D, rows]: the product need not turn the larger one around.
-    turned = parts[0].swapaxes(1, 2)
+    if laws is None:
+        parts = tuple(cut(chunks.rows, x) for x in (h, chosen, tokens, weights))
+        pieces = _Rows(parts[0], parts[0].swapaxes(1, 2), *parts[1:])
 
-    def step(d_table: Array, item: tuple[tuple[Array, ...], Array]):
-        (h, own, wanted, weight), h_turned = item
-        logits = _product(h, table, (1, 1), dtype)
-        mass, powers = _mass(logits)
-        powers = powers.astype(narrow)
-        mean = _product(powers, table, (1, 0), dtype) / mass.total[:, None]
-        factor = (h_turned.astype(dtype) * (weight / mass.total)).astype(narrow)
-        d_table = d_table - _product(factor, powers, (1, 0), dtype)
-        return d_table, (_log_prob(logits, wanted, mass), weight[:, None] * (own - mean))
+        def step(d_table: Array, rows: _Rows):
+            logits = _product(rows.h, table, (1, 1), dtype)
+            mass = _mass(logits)
+            d_rows, more = _row_gradients(rows, table, mass, dtype)
+            return d_table + more, (_log_prob(logits, rows.wanted, mass), d_rows)
 
-    start = vary_like(jnp.zeros(table.shape[::-1], dtype), rows, table, tokens, weights)
-    d_table, (scores, d_rows) = jax.lax.scan(step, start, (parts, turned))
-    number = rows.shape[0]
-    d_table = d_table.T.at[tokens].add(weights.astype(dtype)[:, None] * rows.astype(dtype))
-    return _joined(scores, number), _joined(d_rows, number), d_table
+        start = vary_like(jnp.zeros(table.shape[::-1], dtype), h, table, tokens, weights)
+        d_table, found = jax.lax.scan(step, start, pieces)
+        scores, d_rows = (_joined(x, number) for x in found)
+    else:
+        scores = _known_scores(h, chosen, laws)
+        d_rows, d_table = _row_gradients(_Rows(h, h.T, chosen, tokens, weights), table, laws, dtype)
+        d_table = jax.lax.optimization_barrier(d_table)  # or XLA makes [V, D] at once, and turns the powers around
+    return scores, d_rows, d_table.T.at[tokens].add(weights[:, None] * h.astype(dtype))
+
+
+def _known_scores(h: Array, chosen: Array, laws: Mass) -> Array:
+    return jnp.sum(h.astype(chosen.dtype) * chosen, axis=-1) - laws.best - jnp.log(laws.total)
 
 
 def weighted_log_prob(h: Array, table: Array, tokens: Array, weights: Array, *, chunk: int | None = None) -> Array:
@@ -129,24 +150,33 @@ def weighted_log_prob(h: Array, table: Array, tokens: Array, weights: Array, *, 
         Scalar in float32 at least.
     """
     chunks = Chunks(chunk_size(h, table, chunk), wide(h.dtype))
-    return weighted_scores(chunks, h, table, tokens, weights)[0]
+    return weighted_scores(chunks, h, table, tokens, weights, None)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def weighted_scores(chunks: Chunks, h: Array, table: Array, tokens: Array, weights: Array) -> tuple[Array, Array]:
-    """The weighted sum, which has a derivative, and the log-probabilities [N], which have none."""
+def weighted_scores(
+    chunks: Chunks, h: Array, table: Array, tokens: Array, weights: Array, laws: Mass | None
+) -> tuple[Array, Array]:
+    """The weighted sum, which has a derivative, and the log-probabilities [N], which have none.
+
+    ``laws`` are those of ``table h_n`` at these very values, from whoever computed them before: they save the first of
+    three products, and the exponentials. A row of weight 0 may have a law of no mass.
+    """
+    if laws is not None:
+        scores = _known_scores(h, table[tokens].astype(chunks.dtype), laws)
+        return jnp.sum(weights.astype(chunks.dtype) * scores), scores
 
     def step(carry: tuple[()], item: tuple[Array, Array]):
         logits = _product(item[0], table, (1, 1), chunks.dtype)
-        return carry, _log_prob(logits, item[1], _mass(logits)[0])
+        return carry, _log_prob(logits, item[1], _mass(logits))
 
     _, scores = jax.lax.scan(step, (), (cut(chunks.rows, h), cut(chunks.rows, tokens)))
     scores = _joined(scores, h.shape[0])
     return jnp.sum(weights.astype(chunks.dtype) * scores), scores
 
 
-def _weighted_forward(chunks: Chunks, h: Array, table: Array, tokens: Array, weights: Array):
-    scores, *gradients = _gradients(chunks, h, table, tokens, weights)
+def _weighted_forward(chunks: Chunks, h: Array, table: Array, tokens: Array, weights: Array, laws: Mass | None):
+    scores, *gradients = _gradients(chunks, h, table, tokens, weights, laws)
     total = jnp.sum(weights.astype(chunks.dtype) * scores)
     like = tuple(jnp.zeros((), x.dtype) for x in (h, table, weights))
     return (total, scores), (*gradients, scores, like)
@@ -158,7 +188,7 @@ def _weighted_backward(chunks: Chunks, saved: tuple[Any, ...], cotangents: tuple
     *parts, like = saved
     # Scaled before it is rounded: g is often one over a number of tokens, and the sum over them may be beyond float16.
     d_rows, d_table, d_weights = ((part * g).astype(one.dtype) for part, one in zip(parts, like, strict=True))
-    return d_rows, d_table, None, d_weights
+    return d_rows, d_table, None, d_weights, None
 
 
 weighted_scores.defvjp(_weighted_forward, _weighted_backward)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_suite import alignment, pareto, testing
+from jaxrl_suite import alignment, lm, pareto, testing
 from jaxrl_suite.alignment import LossConfig, Trainer, TrainerConfig
 from jaxrl_suite.envs import tied_bits
 from jaxrl_suite.types import Generation, Policy
@@ -262,13 +262,16 @@ def test_a_slope_known_beforehand_gives_the_same_steps(key, loss):
     """The gradient may be taken on the way; where the slope hangs on the policy, it is not."""
     calls = []
 
-    def weighted(params, tokens, segments, weights, *, start):
+    policy = bit_policy(True)
+
+    def weighted(params, tokens, segments, weights, *, start, laws):
+        assert laws == "kept"
         calls.append(1)
-        scores = bit_policy(True).log_probs(params, tokens, segments, start=start)
+        scores = policy.log_probs(params, tokens, segments, start=start)
         return jnp.sum(weights * scores), scores
 
     plain = make(pareto.fixed_weights(HALF), expressive=True, loss=LossConfig(kl_kind="none", **loss))
-    early = plain._replace(weighted_log_probs=weighted)
+    early = plain._replace(early=lm.EarlyGradient(lambda *a: (policy.generate(*a), "kept"), weighted))
     state = start(plain, key, (0.3, -0.2, 0.5))
     testing.assert_close(run(early, state, 3), run(plain, state, 3))
     assert calls

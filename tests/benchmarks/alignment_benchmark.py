@@ -5,7 +5,6 @@ runs in a process of its own in the environment of ``--trl_python`` (one with tr
 """
 
 import argparse
-import functools
 import json
 import statistics
 import subprocess
@@ -53,21 +52,22 @@ def our_steps(num_steps, weights):
         policy=lm.policy(model), config=alignment.TrainerConfig(group_size=TASK["group"]),
         loss=alignment.LossConfig(kl_kind="none"), rule=rule, optimizer=optax.adamw(1e-5),
         sampling=lm.Sampling(max_tokens=TASK["tokens"], stop_tokens=(1,)),
-        weighted_log_probs=functools.partial(lm.weighted_token_log_probs, model),
+        early=lm.early_gradient(model),
     )  # fmt: skip
     state = alignment.init_trainer(jax.random.key(1), trainer, params, num_objectives=3)
     prompts = np.random.default_rng(0).integers(3, 1000, (TASK["prompts"], TASK["prompt_tokens"]), np.int32)
     mask = np.ones(prompts.shape, bool)
-    step = jax.jit(lambda state, generation, rewards: alignment.update(
-        trainer, state, prompts, mask, generation, rewards))  # fmt: skip
+    step = jax.jit(lambda state, generation, rewards, laws: alignment.update(
+        trainer, state, prompts, mask, generation, rewards, laws=laws))  # fmt: skip
     rows = []
     for _ in range(num_steps):
         marks = [time.perf_counter()]
-        generation = jax.block_until_ready(alignment.rollout(trainer, state, prompts, mask))
+        generation, laws = jax.block_until_ready(alignment.rollout_with_laws(trainer, state, prompts, mask))
         marks.append(time.perf_counter())
         rewards = scores(generation.tokens).reshape(3, TASK["prompts"], TASK["group"])
         marks.append(time.perf_counter())
-        state, _ = jax.block_until_ready(step(state, generation, rewards))
+        state, _ = jax.block_until_ready(step(state, generation, rewards, laws))
+        del laws  # 604 MB that the next rollout can take
         marks.append(time.perf_counter())
         rows.append(np.diff(marks))
     return np.array(rows[1:])

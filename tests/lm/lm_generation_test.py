@@ -110,6 +110,54 @@ def test_scan_form_agrees_and_its_gradient_is_teacher_forcing():
     assert_close(gradient, expected, "reference", scale=30)
 
 
+@pytest.mark.parametrize("stops", [SAMPLING.stop_tokens, tuple(range(23))])
+def test_kept_laws_give_the_gradient_without_logits(stops, x64):
+    """Prompts of different lengths, rows that end early, and steps that nobody takes; in float64, against chunks."""
+    model, params = setup()
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+    sampling = SAMPLING.replace(stop_tokens=stops)
+    early = lm.early_gradient(model, temperature=sampling.temperature)
+    out, laws = early.generate(jax.random.key(1), params, PROMPTS, MASK, IDS, sampling)
+    assert laws.powers.shape == (8, 3, 23)
+    written = np.asarray(laws.total > 0).all(axis=1)
+    assert written.sum() == (1 if len(stops) == 23 else 8)
+    rows_equal(out, lm.policy(model).generate(jax.random.key(1), params, PROMPTS, MASK, IDS, sampling))
+    tokens = np.concatenate([PROMPTS, out.tokens], axis=1)
+    segments = np.concatenate([MASK, out.mask], axis=1).astype(np.int32)
+    weights = jax.random.normal(jax.random.key(2), out.tokens.shape)
+
+    @jax.jit
+    def graded(params, laws):
+        def score(params):
+            return early.weighted_log_probs(params, tokens, segments, weights, start=PROMPTS.shape[1], laws=laws)
+
+        return jax.value_and_grad(score, has_aux=True)(params)
+
+    (total, scores), gradient = graded(params, laws)
+    (chunked_total, chunked_scores), chunked = graded(params, None)
+    np.testing.assert_allclose(total, chunked_total, rtol=1e-12)
+    np.testing.assert_allclose(scores, chunked_scores, atol=1e-12)
+    np.testing.assert_allclose(scores, out.log_probs, atol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), gradient, chunked)
+    value = early.weighted_log_probs(params, tokens, segments, weights, start=PROMPTS.shape[1], laws=laws)[0]
+    np.testing.assert_allclose(value, total, rtol=1e-12)  # the form that is not differentiated
+
+
+def test_laws_are_kept_only_where_they_fit_and_are_the_policy_s():
+    model, params = setup()
+
+    def kept(sampling=SAMPLING, keep_bytes=8 * 3 * 23 * 4):
+        early = lm.early_gradient(model, temperature=1.2, keep_bytes=keep_bytes)
+        out, laws = jax.eval_shape(lambda p: early.generate(jax.random.key(1), p, PROMPTS, MASK, IDS, sampling), params)
+        assert out.tokens.shape == (3, 8)
+        return laws is not None
+
+    assert kept()
+    assert not kept(keep_bytes=8 * 3 * 23 * 4 - 1)
+    for change in ({"temperature": 1.0}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"greedy": True}):
+        assert not kept(SAMPLING.replace(**change))
+
+
 def test_greedy_is_the_argmax_of_the_full_forward_pass():
     model, params = setup()
     sampling = lm.Sampling(max_tokens=6, greedy=True)
