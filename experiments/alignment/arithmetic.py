@@ -19,7 +19,7 @@ from experiments.alignment.arithmetic_run import (
 )
 from experiments.alignment.comparison import median_steps, steps_to_reach
 from experiments.alignment.presets import PRESETS
-from experiments.alignment.rules import RULES, make_rule
+from experiments.alignment.rules import RULES, make_rule, rule_label
 from experiments.common.study import Result, Study
 from jaxrl_suite.config import check, field
 from jaxrl_suite.pareto import non_dominated
@@ -96,13 +96,13 @@ def _draw_hypervolume(arrays: Mapping[str, np.ndarray]) -> "Figure":
         values, points = arrays[f"{rule}/hypervolume"], arrays[f"{rule}/points"]
         steps = np.arange(values.shape[1]) * int(arrays["eval_every"])
         style = series_style(index)
-        axes[0].plot(steps, values.mean(0), label=rule.replace("_", " "), **{**style, "marker": ""})
+        axes[0].plot(steps, values.mean(0), label=rule_label(rule), **{**style, "marker": ""})
         if len(values) > 1:
             axes[0].fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.12, linewidth=0)
         flat = points.reshape(-1, 3)
         keep = np.asarray(non_dominated(jnp.asarray(flat)))
         lengths = task.COMPLETION_LENGTH * (1 - flat[keep, 1])
-        axes[1].plot(lengths, flat[keep, 0], label=rule.replace("_", " "), **{**style, "linestyle": "none"})
+        axes[1].plot(lengths, flat[keep, 0], label=rule_label(rule), **{**style, "linestyle": "none"})
     axes[0].set(xlabel="rollouts (steps)", ylabel="hypervolume of the archive\n(share of the unit cube)",
                 title="archive of checkpoints, mean and range of seeds")  # fmt: skip
     axes[1].set(
@@ -122,7 +122,7 @@ def _draw_weights(arrays: Mapping[str, np.ndarray]) -> "Figure":
             ax.plot(
                 arrays[f"{rule}/weights"].mean(0)[:, index], label=objective, **{**series_style(index), "marker": ""}
             )
-        ax.set(title=rule.replace("_", " "), xlabel="rollouts (steps)", ylabel="weight (share)", ylim=(-0.02, 1.02))
+        ax.set(title=rule_label(rule), xlabel="rollouts (steps)", ylabel="weight (share)", ylim=(-0.02, 1.02))
     axes[0].legend(fontsize=8)
     return figure
 

@@ -19,7 +19,7 @@ from experiments.alignment.arithmetic_run import (
 )
 from experiments.alignment.comparison import at_tokens, interval
 from experiments.alignment.presets import PRESETS
-from experiments.alignment.rules import CANDIDATES, check_candidates
+from experiments.alignment.rules import CANDIDATES, check_candidates, rule_label
 from experiments.common.study import Result, Study
 from jaxrl_suite import pareto
 from jaxrl_suite.config import check, field
@@ -204,7 +204,7 @@ def _draw_differences(arrays: Mapping[str, np.ndarray]) -> "Figure":
         place = np.arange(len(rows)) + (index - (len(rules) - 1) / 2) * 0.8 / len(rules)
         ax.errorbar(place, rows[:, 0], yerr=np.stack([rows[:, 0] - rows[:, 1], rows[:, 2] - rows[:, 0]]),
                     color=style["color"], marker=style["marker"], linestyle="none", capsize=2,
-                    label=rule.replace("_", " "))  # fmt: skip
+                    label=rule_label(rule))  # fmt: skip
     ax.axhline(0, color="#444444", linewidth=1)
     ax.set_xticks(np.arange(len(labels)), labels, rotation=20, fontsize=8)
     ax.set(xlabel="fixed weights of accuracy / conciseness / clarity",
@@ -225,7 +225,7 @@ def _draw_tokens(arrays: Mapping[str, np.ndarray]) -> "Figure":
     for index, rule in enumerate(map(str, arrays["rules"])):
         style = {**series_style(index), "marker": ""}
         ax.plot(arrays[f"{rule}/tokens"].mean(0) / 1000, arrays[f"{rule}/hypervolume"].mean(0),
-                label=rule.replace("_", " "), **style)  # fmt: skip
+                label=rule_label(rule), **style)  # fmt: skip
     ax.axhline(
         float(arrays["union"].mean()), color="#444444", linestyle=":", label="three fixed runs united, 3x tokens"
     )

@@ -12,7 +12,7 @@ import optax
 from experiments.alignment.bit_policy import BitSampling, bit_policy, exact_objectives
 from experiments.alignment.comparison import half_width
 from experiments.alignment.presets import PRESETS
-from experiments.alignment.rules import RULES, make_rule
+from experiments.alignment.rules import RULES, make_rule, rule_label
 from experiments.common.study import Result, Study
 from jaxrl_suite import alignment
 from jaxrl_suite.config import Config, check, field
@@ -135,7 +135,7 @@ def _draw(arrays: Mapping[str, np.ndarray], problem: str) -> "Figure":
             ax.errorbar([v.mean() for v in values], np.arange(len(rules)) + 0.16 * (2 * index - 1),
                         xerr=[np.nan_to_num(half_width(v)) for v in values], color=style["color"],
                         marker=style["marker"], linestyle="none", capsize=2, label=label)  # fmt: skip
-        ax.set_yticks(np.arange(len(rules)), [r.replace("_", " ") for r in rules] if ax is axes[0] else [])
+        ax.set_yticks(np.arange(len(rules)), [rule_label(r) for r in rules] if ax is axes[0] else [])
         ax.invert_yaxis()
         ax.set(xlabel="hypervolume (share of the front's)", title=estimator, xlim=(-0.04, 1.04))
     for ax in axes[len(estimators) :]:

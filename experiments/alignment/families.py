@@ -21,7 +21,7 @@ from experiments.alignment.arithmetic_run import (
 )
 from experiments.alignment.comparison import at_tokens, interval, median_steps, steps_to_reach
 from experiments.alignment.presets import PRESETS
-from experiments.alignment.rules import CANDIDATES, check_candidates
+from experiments.alignment.rules import CANDIDATES, check_candidates, rule_label
 from experiments.common.study import Result, Study
 from jaxrl_suite import pareto
 from jaxrl_suite.config import check, field
@@ -163,7 +163,7 @@ def _draw_differences(arrays: Mapping[str, np.ndarray]) -> "Figure":
         place = np.arange(len(rows)) + (index - (len(rules) - 1) / 2) * 0.6 / len(rules)
         ax.errorbar(place, rows[:, 0], yerr=np.stack([rows[:, 0] - rows[:, 1], rows[:, 2] - rows[:, 0]]),
                     color=style["color"], marker=style["marker"], linestyle="none", capsize=3,
-                    label=rule.replace("_", " "))  # fmt: skip
+                    label=rule_label(rule))  # fmt: skip
     ax.axhline(0, color="#444444", linewidth=1)
     ax.set_xticks(np.arange(len(cells)), [_title(cell) for cell in cells])
     ax.set(xlim=(-0.5, len(cells) - 0.5),
@@ -183,7 +183,7 @@ def _draw_hypervolume(arrays: Mapping[str, np.ndarray]) -> "Figure":
         for index, rule in enumerate(["fixed", *map(str, arrays["rules"])]):
             values = arrays[f"{cell}/{rule}/hypervolume"]
             steps = np.arange(values.shape[1]) * int(arrays["eval_every"])
-            ax.plot(steps, values.mean(0), label=rule.replace("_", " "), **{**series_style(index), "marker": ""})
+            ax.plot(steps, values.mean(0), label=rule_label(rule), **{**series_style(index), "marker": ""})
         ax.set(title=_title(cell), xlabel="rollouts (steps)")
     axes[0].set_ylabel("hypervolume of the archive\n(share of the unit cube)")
     axes[0].legend(fontsize=8)

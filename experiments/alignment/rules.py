@@ -63,6 +63,18 @@ RULES: dict[str, Callable[[Array, Any, int], pareto.WeightRule]] = {
     "famo": lambda w, rate, n: pareto.famo_weights(w, jnp.full_like(w, 1.01)),
 }
 
+_ABBREVIATIONS = ("saw", "ctwa", "gdpo", "mo_grpo", "famo")
+
+
+def rule_label(name: str) -> str:
+    """A rule's name as figures print it.
+
+    >>> rule_label("saw"), rule_label("mo_grpo"), rule_label("hypervolume_gain")
+    ('SAW', 'MO-GRPO', 'hypervolume gain')
+    """
+    return name.upper().replace("_", "-") if name in _ABBREVIATIONS else name.replace("_", " ")
+
+
 # name -> rule(setting, number of steps) from equal weights of three objectives; a setting is traced, so that a family
 # of settings is compiled once.
 CANDIDATES: dict[str, Callable[[Array, int], pareto.WeightRule]] = {
