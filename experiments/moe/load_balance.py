@@ -160,7 +160,8 @@ def figures(result: Result) -> "dict[str, Figure]":
     left.axhline(1, color="#999999", linewidth=1, linestyle=":")
     left.set_xlabel(f"optimizer step (mean of {window})")
     left.set_ylabel("largest load / mean load")
-    left.legend(fontsize=8, frameon=False)
+    left.set_ylim(top=1.35 * over_mean.max())  # room for the legend above the curves
+    left.legend(fontsize=8, frameon=False, ncols=2, loc="upper center")
     right.axhline(1, color="#999999", linewidth=1, linestyle=":")
     right.set_xlabel("experts of a layer, most loaded first")
     right.set_ylabel("load / even share, last tenth of steps")
