@@ -1,6 +1,5 @@
 """Trains a model of your own on questions of your own, with several rewards and weights that may change."""
 
-import ast
 import dataclasses
 import importlib.util
 import logging
@@ -15,10 +14,10 @@ import numpy as np
 import optax
 
 from experiments.alignment.presets import PRESETS
+from experiments.alignment.questions import Questions, load_task
 from experiments.alignment.rules import RULES, make_rule
 from experiments.common.study import Result, Study
 from jaxrl_suite import alignment, lm, pareto
-from jaxrl_suite.alignment.tasks import Task, parquet_task, reasoning_gym_task
 from jaxrl_suite.config import Config, check, field
 from jaxrl_suite.types import Array
 
@@ -43,7 +42,14 @@ class OwnDataConfig(Config):
     judge: Literal["usual", "whole", "boxed", "last_number"] = field(
         "usual", help="what of a completion is its answer; usual: the whole with --task, the last box with --data"
     )
+    rows: str = field("", help="only rows of --data whose column has one of the values: level=Level 1|Level 2")
     num_questions: int = field(256, help="questions at most")
+    test_data: str = field("", help="parquet file of held-out questions, answered before and after the training")
+    num_test: int = field(32, help="held-out questions, group_size answers each")
+    system: str = field("", help="system turn before every question; the model's own if empty")
+    example_question: str = field("", help="question of a worked example before every question; none if empty")
+    example_answer: str = field("", help="its answer, in the form that is wanted")
+    answer_start: str = field("", help="what every answer begins with; counts as part of it for the rewards")
     objectives: str = field("accuracy,conciseness,clarity", help="objectives, comma-separated, in this order")
     rewards: str = field("", help="Python file with functions f(prompts, completions, **columns) named like objectives")
     weights: str = field("influence", help="weight rule: " + ", ".join(RULES))
@@ -88,9 +94,12 @@ class OwnDataConfig(Config):
         on_simplex = min(self.base_weights, default=1) >= 0 and math.isclose(sum(self.base_weights), 1, abs_tol=1e-6)
         check(not count or on_simplex, argument="base_weights", value=self.base_weights,
               rule="must be non-negative and sum to one", remedy="Divide them by their sum")  # fmt: skip
+        check(bool(self.example_question) == bool(self.example_answer), argument="example_answer",
+              value=self.example_answer, rule="question and answer of an example go together")  # fmt: skip
         check(not (self.data and self.judge == "whole"), argument="judge", value=self.judge,
               rule="must be usual, boxed or last_number with --data")  # fmt: skip
-        for name in ("num_steps", "num_prompts", "group_size", "max_prompt", "max_tokens"):
+        check(bool(self.data) or not self.rows, argument="rows", value=self.rows, rule="filters --data, which is empty")
+        for name in ("num_steps", "num_prompts", "group_size", "max_prompt", "max_tokens", "num_test"):
             check(getattr(self, name) > 0, argument=name, value=getattr(self, name), rule="must be positive")
 
     @property
@@ -123,78 +132,12 @@ def _load_rewards(path: str, names: Sequence[str]) -> dict[str, Callable[..., An
     return found
 
 
-def _load_task(config: OwnDataConfig) -> Task:
-    if config.data:
-        return parquet_task(config.data, prompt_column=config.prompt_column, answer_column=config.answer_column,
-                            max_questions=config.num_questions,
-                            judge="last_number" if config.judge == "last_number" else "boxed")  # fmt: skip
-    judge = "whole" if config.judge == "usual" else config.judge
-    return reasoning_gym_task(
-        config.task, num_questions=config.num_questions, judge=judge, **_settings(config.task_settings)
-    )
-
-
-def _settings(text: str) -> dict[str, Any]:
-    """``name=value`` pairs, separated by commas; values are numbers, true, false, or words."""
-    settings: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        check(bool(equals) and name.isidentifier(), argument="task_settings", value=part, rule="is not name=value",
-              remedy="Separate pairs by commas: max_terms=2,max_digits=1")  # fmt: skip
-        check(name not in ("name", "num_questions", "judge", "size"), argument="task_settings", value=part,
-              rule="is set by --task, --num_questions or --judge")  # fmt: skip
-        try:
-            settings[name] = ast.literal_eval({"true": "True", "false": "False"}.get(value.lower(), value))
-        except (ValueError, SyntaxError):
-            settings[name] = value
-    return settings
-
-
-def _encode(prompt: Any, tokenizer: Any) -> list[int]:
-    turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    if getattr(tokenizer, "chat_template", None):
-        return tokenizer.chat(turns)
-    return tokenizer.encode("\n".join(turn["content"] for turn in turns) + "\n", special=True)
-
-
-class _Questions:
-    """Encoded questions that fit the window, and where they came from."""
-
-    def __init__(self, task: Task, tokenizer: Any, config: OwnDataConfig) -> None:
-        encoded = [_encode(prompt, tokenizer) for prompt in task.prompts]
-        self.kept = [i for i, tokens in enumerate(encoded) if 0 < len(tokens) <= config.max_prompt]
-        self.skipped = {reason: len(rows) for reason, rows in task.skipped.items()}
-        self.skipped["prompt too long"] = len(encoded) - len(self.kept)
-        check(bool(self.kept), argument="max_prompt", value=config.max_prompt, rule="every prompt is longer",
-              remedy=f"The shortest has {min(map(len, encoded))} tokens")  # fmt: skip
-        for reason, count in self.skipped.items():
-            if count:
-                log.warning("%d of the questions are left out: %s", count, reason)
-        self.task, self.tokenizer, self.config = task, tokenizer, config
-        self.encoded = [encoded[i] for i in self.kept]
-
-    def batch(self, key: Array, step: int) -> tuple[Array, Array, list[int]]:
-        """Questions of a step: every epoch is a permutation of its own."""
-        size, number = self.config.num_prompts, len(self.encoded)
-        places = np.arange(step * size, (step + 1) * size)
-        order = {
-            e: np.asarray(jax.random.permutation(jax.random.fold_in(key, e), number)) for e in set(places // number)
-        }
-        chosen = [int(order[place // number][place % number]) for place in places]
-        tokens = np.full((size, self.config.max_prompt), self.tokenizer.pad_token, np.int32)
-        mask = np.zeros(tokens.shape, bool)
-        for row, which in enumerate(chosen):
-            tokens[row, -len(self.encoded[which]) :] = self.encoded[which]
-            mask[row, -len(self.encoded[which]) :] = True
-        return jnp.asarray(tokens), jnp.asarray(mask), chosen
-
-
 class _Session:
     """Model, questions and compiled functions of a run."""
 
     def __init__(self, config: OwnDataConfig, key: Array) -> None:
         self.config = config
-        task = _load_task(config)
+        task = load_task(config, config.data)
         known = {"accuracy": task.accuracy, "clarity": alignment.clarity}
         known["corrected_clarity"] = alignment.corrected_clarity
         self.functions: dict[str, Callable[..., Any]] = {**known, **_load_rewards(config.rewards, config.names)}
@@ -202,7 +145,7 @@ class _Session:
         check(not unknown, argument="objectives", value=unknown, rule="no reward of that name",
               remedy="Define it in --rewards FILE.py")  # fmt: skip
         self.model, self.params, self.tokenizer = _load_model(config)
-        self.questions = _Questions(task, self.tokenizer, config)
+        self.questions = Questions(task, self.tokenizer, config)
         self.data_key, self.init_key, lora_key = jax.random.split(key, 3)
         count = len(config.names)
         base = jnp.asarray(config.base_weights) if config.base_weights else jnp.full((count,), 1 / count)
@@ -254,7 +197,7 @@ class _Session:
     def _step(self, state: Any, step: int) -> tuple[Any, dict[str, np.ndarray]]:
         prompts, mask, chosen = self.questions.batch(self.data_key, step)
         generation, laws = alignment.rollout_with_laws(self.trainer, state, prompts, mask, hparams=self.hparams)
-        scores = self._score(generation, chosen, state)
+        scores = self._score(self.questions, generation, chosen, state)
         grouped = (len(self.config.names), len(chosen), self.config.group_size)
         rewards, scored = scores.rewards.reshape(grouped), scores.mask.reshape(grouped)
         lengths = np.asarray(generation.mask).sum(1)
@@ -270,10 +213,30 @@ class _Session:
             log.warning("step %d, reward %s: %s", step, name, message)
         return state, self._row(metrics, scores, values)
 
-    def _score(self, generation: Any, chosen: Sequence[int], state: Any) -> alignment.Scores:
-        size, questions = self.config.group_size, self.questions
+    def evaluate(self, state: Any) -> dict[str, float]:
+        """Means of the rewards, length in tokens and share that ended, on the held-out questions."""
+        questions = Questions(load_task(self.config, self.config.test_data), self.tokenizer, self.config)
+        number = min(self.config.num_test, len(questions.encoded))
+        state = state._replace(key=jax.random.fold_in(self.data_key, 0))
+        rewards, lengths, ended = [], [], []
+        for first in range(0, number, self.config.num_prompts):
+            chosen = [i % number for i in range(first, first + self.config.num_prompts)]  # one shape, one program
+            real = slice(0, min(self.config.num_prompts, number - first) * self.config.group_size)
+            state = state._replace(step=jnp.int32(first))
+            generation = alignment.rollout(self.trainer, state, *questions.padded(chosen))
+            scores = self._score(questions, generation, chosen, state)
+            rewards.append(np.where(scores.mask, scores.rewards, np.nan)[:, real])
+            mask = np.asarray(generation.mask)[real]
+            lengths.append(mask.sum(1))
+            ended.append(~mask[:, -1])
+        by_name = zip(self.config.names, np.concatenate(rewards, axis=1), strict=True)
+        means = {name: float(np.mean(row[~np.isnan(row)])) for name, row in by_name if not np.isnan(row).all()}
+        return {**means, "tokens": float(np.concatenate(lengths).mean()), "ended": float(np.concatenate(ended).mean())}
+
+    def _score(self, questions: Questions, generation: Any, chosen: Sequence[int], state: Any) -> alignment.Scores:
+        size, start = self.config.group_size, self.config.answer_start
         tokens, real = np.asarray(generation.tokens), np.asarray(generation.mask)
-        texts = [self.tokenizer.decode(row[keep].tolist()) for row, keep in zip(tokens, real, strict=True)]
+        texts = [start + self.tokenizer.decode(row[keep].tolist()) for row, keep in zip(tokens, real, strict=True)]
         which = [questions.kept[i] for i in chosen for _ in range(size)]
         columns = {name: [column[i] for i in which] for name, column in questions.task.columns.items()}
         lengths = alignment.update_running_mean(state.lengths, jnp.sum(generation.mask, axis=1))
@@ -321,7 +284,12 @@ def run(run: "Run") -> Result:
     config = run.config
     assert isinstance(config, OwnDataConfig)
     session = _Session(config, run.keys[0])
+    tests = {}
+    if config.test_data:
+        tests["before"] = run.stage("test_before", lambda: session.evaluate(session.init()))
     state = run.loop("train", init=session.init, advance=session.advance, num_steps=config.num_steps)
+    if config.test_data:
+        tests["after"] = run.stage("test_after", lambda: session.evaluate(state))
     if config.save:
         session.export(state, run.workdir / "model")
     names = config.names
@@ -338,6 +306,8 @@ def run(run: "Run") -> Result:
         summary[f"objective/{name}/first"] = float(there[:tenth].mean()) if len(there) else None
         summary[f"objective/{name}/last"] = float(there[-tenth:].mean()) if len(there) else None
         summary[f"weight/{name}/last"] = float(weights[-1, index])
+    for when, means in tests.items():
+        summary |= {f"test/{name}/{when}": float(value) for name, value in means.items()}
     summary["front/points"] = int(front.sum())
     summary["front/hypervolume_above_0"] = float(
         pareto.hypervolume(jnp.asarray(points), jnp.zeros(len(names)), mask=jnp.asarray(known))

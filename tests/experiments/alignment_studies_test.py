@@ -11,7 +11,10 @@ from experiments.alignment import arithmetic_task as task
 from experiments.alignment.arithmetic_run import ArithmeticSizes, make_model
 from experiments.alignment.comparison import at_tokens, interval, median_steps, steps_to_reach
 from experiments.alignment.families import FamiliesConfig, _compare
-from experiments.alignment.own_data import OwnDataConfig, _load_task
+from experiments.alignment.own_data import OwnDataConfig, _Session
+from experiments.alignment.questions import encode_prompt, load_task
+from experiments.alignment.rules import rule_label
+from jaxrl_suite import lm
 from jaxrl_suite.alignment.tasks import parquet_task
 
 
@@ -105,13 +108,13 @@ def test_the_last_number_may_be_the_answer_to_own_data(tmp_path):
     path = tmp_path / "four.parquet"
     table = {"prompt": ["a", "b", None, "c"], "answer": ["1,007", "\\frac{1}{2}", "4", "-3"]}
     pyarrow.parquet.write_table(pyarrow.table(table), path)
-    questions = _load_task(OwnDataConfig(data=str(path), judge="last_number"))
+    questions = load_task(OwnDataConfig(judge="last_number"), str(path))
     assert list(questions.columns["answer"]) == ["1007", "-3"] and len(questions.prompts) == 2
     assert questions.skipped == {"no prompt": [2], "answer is no number": [1]}
     texts = ["It is 7, no, 1,007.0", "3"]
     assert questions.accuracy(questions.prompts, texts, **questions.columns) == [1.0, 0.0]
     assert questions.accuracy(questions.prompts, ["none", "so -3."], **questions.columns) == [0.0, 1.0]
-    boxed = _load_task(OwnDataConfig(data=str(path)))  # as published: the last box
+    boxed = load_task(OwnDataConfig(), str(path))  # as published: the last box
     assert boxed.accuracy(["a"], ["\\boxed{-3}"], answer=["-3"]) == [1.0] and len(boxed.prompts) == 3
     with pytest.raises(ValueError, match="judge='whole': must be usual, boxed or last_number with --data"):
         OwnDataConfig(data=str(path), judge="whole")
@@ -120,3 +123,54 @@ def test_the_last_number_may_be_the_answer_to_own_data(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "answer": ["x"]}), path)
     with pytest.raises(ValueError, match=r"no row has a prompt and an answer to judge.*answer is no number"):
         parquet_task(path, judge="last_number")
+
+
+@pytest.fixture
+def graded(tmp_path):
+    path = tmp_path / "graded.parquet"
+    table = {"prompt": ["a", "b", "c", "d"], "answer": ["1", "2", "3", "4"], "level": [1, 2, 2, 3],
+             "worth": [0.1, 0.2, 0.6, 0.9]}  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
+    return str(path)
+
+
+def test_rows_are_chosen_by_a_column_before_they_are_counted(graded):
+    chosen = load_task(OwnDataConfig(data=graded, rows="level = 2| 3", num_questions=2), graded)
+    assert list(chosen.columns["answer"]) == ["2", "3"] and len(chosen.prompts) == 2
+    with pytest.raises(ValueError, match=r"rows='grade=1': no column 'grade'.*level"):
+        load_task(OwnDataConfig(data=graded, rows="grade=1"), graded)
+    with pytest.raises(ValueError, match=r"no question has one of these values.*Values of level: 1, 2, 3"):
+        load_task(OwnDataConfig(data=graded, rows="level=7"), graded)
+    with pytest.raises(ValueError, match="rows='level=1': filters --data, which is empty"):
+        OwnDataConfig(rows="level=1")
+
+
+def test_a_worked_example_stands_before_the_question_and_a_start_before_the_answer():
+    config = OwnDataConfig(system="Be brief.", example_question="1+1?", example_answer="2", answer_start="So")
+    tokenizer = lm.ByteTokenizer()
+    text = tokenizer.decode(encode_prompt("2+2?", tokenizer, config))
+    assert text == "Be brief.\n1+1?\n2\n2+2?\nSo"
+    with pytest.raises(ValueError, match="question and answer of an example go together"):
+        OwnDataConfig(example_answer="2")
+
+
+def test_held_out_questions_are_answered_once_each(graded, tmp_path):
+    """Three questions in batches of two: the place that is left over counts for nothing; every text has its start."""
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text(
+        "def worth(prompts, completions, worth, **columns):\n    return worth\n"
+        "def begun(prompts, completions, **columns):\n    return [float(c.startswith('So')) for c in completions]\n"
+        "def failed(prompts, completions, **columns):\n    return [None for _ in completions]\n"
+    )
+    config = OwnDataConfig(
+        data=graded, test_data=graded, num_test=3, rewards=str(rewards), objectives="worth,begun,failed",
+        num_prompts=2, group_size=2, max_prompt=80, max_tokens=2, answer_start="So",
+    )  # fmt: skip
+    session = _Session(config, jax.random.key(0))
+    found = session.evaluate(session.init())
+    assert np.isclose(found["worth"], 0.3) and found["begun"] == 1 and "failed" not in found
+    assert 0 < found["tokens"] <= 2 and 0 <= found["ended"] <= 1
+
+
+def test_rules_are_named_as_their_papers_do():
+    assert [rule_label(n) for n in ("saw", "mo_grpo", "hypervolume_gain")] == ["SAW", "MO-GRPO", "hypervolume gain"]
