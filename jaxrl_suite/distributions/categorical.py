@@ -110,7 +110,7 @@ def draw_with_mass(keys: PRNGKey, logits: Array) -> tuple[Array, Array, Mass]:
     powers = jax.lax.optimization_barrier(jnp.exp(logits - best[:, None]))
     width = _block_width(size)
     parts = jnp.pad(powers, ((0, 0), (0, -size % width))).reshape(batch, -1, width)
-    blocks = parts.sum(axis=-1)
+    blocks = jax.lax.optimization_barrier(parts.sum(axis=-1))  # or XLA sums all powers a second time for the total
     block = invert_cdf(blocks, uniforms[:, 0])
     inside = invert_cdf(jnp.take_along_axis(parts, block[:, None, None], axis=1)[:, 0], uniforms[:, 1])
     tokens = block * width + inside
