@@ -15,7 +15,10 @@ import jax.numpy as jnp
 
 from jaxrl_suite.config import check
 from jaxrl_suite.lm import block, embed, flatten, head, unflatten
+from jaxrl_suite.lm.decoder import final_norm, head_table
 from jaxrl_suite.lm.feed_forward import dense_feed_forward
+from jaxrl_suite.lm.layers import wide
+from jaxrl_suite.lm.scores import chunk_rows, weighted_log_prob
 from jaxrl_suite.moe.balancing import balance_from_sums
 from jaxrl_suite.moe.config import HParams, MoEConfig
 from jaxrl_suite.moe.context import make_attend
@@ -29,6 +32,7 @@ from jaxrl_suite.types import Array, FeedForward, Params
 
 Loss = Callable[[Array, "Batch"], Array]
 Gather = tuple[tuple[str, ...], int]
+_HEAD_ROWS = 512  # rows of logits at once on a CPU: more leave the cache, fewer add the table's gradient up more often
 
 
 class Batch(NamedTuple):
@@ -254,6 +258,22 @@ def token_log_probs(params: Params, x: Array, targets: Array, *, config: MoEConf
     return parallel.token_log_prob(logits, vary(targets, layout.mesh))
 
 
+def summed_loss(params: Params, x: Array, batch: Batch, loss: Loss, *, config: MoEConfig, layout: Layout) -> Array:
+    """Loss of this rank's tokens from the last activations, the same on every tensor rank.
+
+    The slope of :func:`next_token_loss` is known before the log-probabilities are, so its gradient is taken chunk by
+    chunk on the way, where a rank holds the whole output table: no array of all logits is kept.
+    """
+    accumulate = wide(x.dtype, config.model.accumulate_dtype)
+    if loss is not next_token_loss or layout.layer.tp or accumulate != wide(x.dtype):
+        return loss(token_log_probs(params, x, batch.targets, config=config, layout=layout), batch)
+    h = final_norm(params, x, config=config.model).reshape(-1, x.shape[-1])
+    weights = -batch.mask.reshape(-1).astype(accumulate)
+    h, table, targets, weights = vary((h, head_table(params), batch.targets.reshape(-1), weights), layout.mesh)
+    chunk = chunk_rows(h.shape[0], 1, _HEAD_ROWS) if jax.default_backend() == "cpu" else None
+    return weighted_log_prob(h, table, targets, weights, chunk=chunk)
+
+
 def objective_parts(
     total: Array, sums: Any, count: Array, *, config: MoEConfig, layout: Layout, num_parts: int
 ) -> ObjectiveParts:
@@ -313,10 +333,8 @@ def whole_objective(
     params = gather_outside_layers(params, layout, dtype)
     x = embed(params, batch.inputs, config=config.model, parallel=tensor_parallel(layout.layer.tp))
     x, sums = run_layers(params["layers"], x, batch, config=config, layout=layout)
-    log_probs = token_log_probs(params, x, batch.targets, config=config, layout=layout)
-    parts = objective_parts(
-        loss(log_probs, batch), sums, count, config=config, layout=layout, num_parts=config.num_microbatches
-    )
+    total = summed_loss(params, x, batch, loss, config=config, layout=layout)
+    parts = objective_parts(total, sums, count, config=config, layout=layout, num_parts=config.num_microbatches)
     return total_objective(parts, config, hparams), parts
 
 

@@ -13,6 +13,7 @@ from jaxrl_suite.moe.fp8 import E4M3_EPSILON, dequantize, fp8_matmul, quantize, 
 from jaxrl_suite.moe.layer import zigzag_order
 from jaxrl_suite.moe.model import order_for_context
 from jaxrl_suite.moe.pipeline import circular_layers, num_ticks
+from jaxrl_suite.moe.train import loss_and_gradients
 from jaxrl_suite.moe.upcycling import copy_factor, upcycle, upcycled_config
 from jaxrl_suite.moe.verify import quick_compile, sharded_layer
 from tests.reference import moe_routing as reference
@@ -131,6 +132,28 @@ def test_packed_batches_do_not_look_ahead():
     assert batch.positions.tolist() == [[0, 1, 0, 1]]
     config = moe.MoEConfig()
     assert order_for_context(batch, config, 2).inputs.tolist() == [[5, 8, 6, 7]]
+
+
+def test_known_slope_of_the_loss_gives_the_gradients_of_any_other_loss(monkeypatch):
+    """The gradient taken on the way, in chunks that do not divide the tokens, against log-probabilities first."""
+    monkeypatch.setattr("jaxrl_suite.moe.model._HEAD_ROWS", 7)
+    model = lm.LanguageModelConfig(
+        vocab_size=40, width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, num_experts=4, expert_width=8
+    )
+    config, folding = moe.MoEConfig(model=model), moe.Folding(dp=2, edp=2)
+    tokens = jax.random.randint(jax.random.key(1), (4, 9), 0, 40)
+    batch = moe.language_batch(tokens, segments=jnp.array([[1] * 9, [1] * 4 + [2] * 5, [1] * 6 + [0] * 3, [1] * 9]))
+    params = lm.init_params(jax.random.key(0), model)
+
+    @functools.partial(jax.jit, static_argnames="loss", compiler_options=quick_compile())
+    def gradients(params, loss):
+        return loss_and_gradients(params, batch, config, folding, loss=loss)
+
+    known, parts = gradients(params, moe.next_token_loss)
+    found, others = gradients(params, lambda log_probs, batch: moe.next_token_loss(log_probs, batch))
+    np.testing.assert_allclose(parts.loss, others.loss, rtol=1e-6)
+    for ours, theirs in zip(jax.tree.leaves(known), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6 * float(jnp.max(jnp.abs(theirs))))
 
 
 def test_pipeline_ticks_and_circular_order():
