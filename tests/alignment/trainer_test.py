@@ -282,3 +282,33 @@ def test_a_slope_known_beforehand_gives_the_same_steps(key, loss):
     hparams = alignment.TrainerHParams(entropy_coefficient=0.1)
     alignment.run_trainer(early, state, lambda _: PROMPTS, reward, num_steps=1, hparams=hparams)
     assert not calls
+
+
+def test_a_decoder_takes_the_same_steps_whether_laws_are_kept(key, x64):
+    """Ragged prompts and rows that end early; whole steps of a decoder with laws kept, laws forgotten, and plain."""
+    shape = lm.LanguageModelConfig(vocab_size=23, width=16, ffn_width=16, num_layers=1, param_dtype="float64")
+    model = lm.LanguageModel(shape)
+    plain = make(pareto.fixed_weights(jnp.asarray(HALF, jnp.float64)), group_size=4)._replace(
+        policy=lm.policy(model), sampling=lm.Sampling(max_tokens=5, stop_tokens=(3,))
+    )
+    prompts, mask = lm.left_pad([[5, 6, 7], [9]])
+    state = alignment.init_trainer(key, plain, lm.init_params(key, shape), num_objectives=2)
+
+    def scores(params, generation, lengths):
+        del params, lengths
+        return jnp.stack([jnp.sum(generation.tokens == 3, 1), jnp.sum(generation.tokens % 2, 1)]).astype(jnp.float64)
+
+    def after(early):
+        trainer = plain._replace(early=early)
+        kept = jax.eval_shape(lambda s: alignment.rollout_with_laws(trainer, s, prompts, mask)[1], state)
+        found = alignment.run_trainer(trainer, state, lambda _: (prompts, mask), scores, num_steps=3)
+        return found, kept is not None
+
+    (expected, _), (without, not_kept), (actual, kept) = (
+        after(early) for early in (None, lm.early_gradient(model, keep_bytes=0), lm.early_gradient(model))
+    )
+    assert kept and not not_kept
+    testing.assert_close(without, expected)
+    testing.assert_close(actual, expected)
+    moved = jax.tree.map(lambda new, old: float(jnp.abs(new - old).max()), expected[0].params, state.params)
+    assert max(jax.tree.leaves(moved)) > 1e-3
