@@ -98,7 +98,6 @@ class OwnDataConfig(Config):
               value=self.example_answer, rule="question and answer of an example go together")  # fmt: skip
         check(not (self.data and self.judge == "whole"), argument="judge", value=self.judge,
               rule="must be usual, boxed or last_number with --data")  # fmt: skip
-        check(bool(self.data) or not self.rows, argument="rows", value=self.rows, rule="filters --data, which is empty")
         for name in ("num_steps", "num_prompts", "group_size", "max_prompt", "max_tokens", "num_test"):
             check(getattr(self, name) > 0, argument=name, value=getattr(self, name), rule="must be positive")
 

@@ -24,6 +24,8 @@ def load_task(config: "OwnDataConfig", data: str) -> Task:
         task = parquet_task(data, prompt_column=config.prompt_column, answer_column=config.answer_column,
                             judge="last_number" if config.judge == "last_number" else "boxed")  # fmt: skip
         return _first(_chosen(task, config.rows), config.num_questions)
+    check(not config.rows, argument="rows", value=config.rows, rule="filters --data, which is empty",
+          remedy="Add --data=FILE.parquet")  # fmt: skip
     judge = "whole" if config.judge == "usual" else config.judge
     return reasoning_gym_task(
         config.task, num_questions=config.num_questions, judge=judge, **_settings(config.task_settings)

@@ -142,7 +142,7 @@ def test_rows_are_chosen_by_a_column_before_they_are_counted(graded):
     with pytest.raises(ValueError, match=r"no question has one of these values.*Values of level: 1, 2, 3"):
         load_task(OwnDataConfig(data=graded, rows="level=7"), graded)
     with pytest.raises(ValueError, match="rows='level=1': filters --data, which is empty"):
-        OwnDataConfig(rows="level=1")
+        load_task(OwnDataConfig(rows="level=1"), "")
 
 
 def test_a_worked_example_stands_before_the_question_and_a_start_before_the_answer():
