@@ -58,7 +58,7 @@ class SequenceLaw(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """A token policy: the only thing that alignment sees of a model.
+    """A token policy: what alignment sees of a model.
 
     Attributes:
         log_probs: ``log_probs(params, tokens [B, T], segments [B, T] | None, *, start=0) -> [B, T - start]``; of the
@@ -68,6 +68,21 @@ class Policy(NamedTuple):
 
     log_probs: Callable[..., Array]
     generate: Callable[..., Generation]
+
+
+class EarlyGradient(NamedTuple):
+    """A policy for a trainer that knows the slope of its loss before it knows the log-probabilities.
+
+    Attributes:
+        generate: as of a ``Policy``, but returns the Generation and, where they can be used again and fit, the laws
+            that the tokens were drawn from; else None.
+        weighted_log_probs: ``weighted_log_probs(params, tokens [B, T], segments, weights [B, T - start], *, start,
+            laws=None) -> (sum(weights * log_probs), log_probs [B, T - start])``, the gradient of the sum computed on
+            the way. ``laws`` must be those of the same parameters.
+    """
+
+    generate: Callable[..., tuple[Generation, Any]]
+    weighted_log_probs: Callable[..., tuple[Array, Array]]
 
 
 def _identity(x: Array) -> Array:

@@ -10,9 +10,8 @@ import optax
 from jaxrl_suite.alignment.losses import LossConfig
 from jaxrl_suite.alignment.running import RunningMean, init_running_mean
 from jaxrl_suite.config import Config, check, field
-from jaxrl_suite.lm import EarlyGradient
 from jaxrl_suite.pareto import WeightRule
-from jaxrl_suite.types import Array, Policy, PRNGKey
+from jaxrl_suite.types import Array, EarlyGradient, Policy, PRNGKey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

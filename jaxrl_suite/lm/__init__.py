@@ -74,7 +74,6 @@ from jaxrl_suite.lm.layers import LowRank, RowMajor, project, rms_norm, row_majo
 from jaxrl_suite.lm.likelihood import log_probs, weighted_log_probs
 from jaxrl_suite.lm.lora import LoraConfig, apply_lora, init_lora, merge_lora
 from jaxrl_suite.lm.model import (
-    EarlyGradient,
     LanguageModel,
     early_gradient,
     generate,
@@ -105,7 +104,6 @@ __all__ = [
     "ByteTokenizer",
     "DecodeParams",
     "DecodeState",
-    "EarlyGradient",
     "LanguageModel",
     "LanguageModelConfig",
     "LoraConfig",

@@ -1,8 +1,7 @@
 """The model as an object: a thin Linen module, and the functions that take it."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,7 +17,7 @@ from jaxrl_suite.lm.layers import wide
 from jaxrl_suite.lm.likelihood import log_probs, weighted_log_probs
 from jaxrl_suite.lm.parameters import init_params
 from jaxrl_suite.lm.sampling import Sampling
-from jaxrl_suite.types import Array, Generation, Params, Policy, PRNGKey, SequenceLaw
+from jaxrl_suite.types import Array, EarlyGradient, Generation, Params, Policy, PRNGKey, SequenceLaw
 
 
 class LanguageModel(nn.Module):
@@ -178,21 +177,6 @@ def policy(model: LanguageModel, *, temperature: float = 1.0) -> Policy:
         return generate(key, model, params, prompts, mask, row_ids=row_ids, sampling=sampling, **options)
 
     return Policy(policy_log_probs, policy_generate)
-
-
-class EarlyGradient(NamedTuple):
-    """What a trainer can use that knows the slope of its loss before it knows the log-probabilities.
-
-    Attributes:
-        generate: as of a ``Policy``, but returns the Generation and, where they can be used again and fit, the laws
-            that the tokens were drawn from; else None.
-        weighted_log_probs: ``weighted_log_probs(params, tokens [B, T], segments, weights [B, T - start], *, start,
-            laws=None) -> (sum(weights * log_probs), log_probs [B, T - start])``, the gradient of the sum computed on
-            the way. ``laws`` must be those of the same parameters.
-    """
-
-    generate: Callable[..., tuple[Generation, Any]]
-    weighted_log_probs: Callable[..., tuple[Array, Array]]
 
 
 def early_gradient(model: LanguageModel, *, temperature: float = 1.0, keep_bytes: int = 1 << 30) -> EarlyGradient:

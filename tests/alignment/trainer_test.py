@@ -9,7 +9,7 @@ import pytest
 from jaxrl_suite import alignment, lm, pareto, testing
 from jaxrl_suite.alignment import LossConfig, Trainer, TrainerConfig
 from jaxrl_suite.envs import tied_bits
-from jaxrl_suite.types import Generation, Policy
+from jaxrl_suite.types import EarlyGradient, Generation, Policy
 
 T, STOP = 2, 2
 
@@ -271,7 +271,7 @@ def test_a_slope_known_beforehand_gives_the_same_steps(key, loss):
         return jnp.sum(weights * scores), scores
 
     plain = make(pareto.fixed_weights(HALF), expressive=True, loss=LossConfig(kl_kind="none", **loss))
-    early = plain._replace(early=lm.EarlyGradient(lambda *a: (policy.generate(*a), "kept"), weighted))
+    early = plain._replace(early=EarlyGradient(lambda *a: (policy.generate(*a), "kept"), weighted))
     state = start(plain, key, (0.3, -0.2, 0.5))
     testing.assert_close(run(early, state, 3), run(plain, state, 3))
     assert calls
