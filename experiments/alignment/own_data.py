@@ -42,7 +42,7 @@ class OwnDataConfig(Config):
     judge: Literal["usual", "whole", "boxed", "last_number"] = field(
         "usual", help="what of a completion is its answer; usual: the whole with --task, the last box with --data"
     )
-    rows: str = field("", help="only rows of --data whose column has one of the values: level=Level 1|Level 2")
+    rows: str = field("", help="only rows of the files whose column has one of the values: level=Level 1|Level 2")
     num_questions: int = field(256, help="questions at most")
     test_data: str = field("", help="parquet file of held-out questions, answered before and after the training")
     num_test: int = field(32, help="held-out questions, group_size answers each")
@@ -137,6 +137,8 @@ class _Session:
     def __init__(self, config: OwnDataConfig, key: Array) -> None:
         self.config = config
         task = load_task(config, config.data)
+        check(not config.test_data or Path(config.test_data).is_file(), argument="test_data", value=config.test_data,
+              rule="no such file")  # fmt: skip
         known = {"accuracy": task.accuracy, "clarity": alignment.clarity}
         known["corrected_clarity"] = alignment.corrected_clarity
         self.functions: dict[str, Callable[..., Any]] = {**known, **_load_rewards(config.rewards, config.names)}
@@ -225,9 +227,9 @@ class _Session:
             generation = alignment.rollout(self.trainer, state, *questions.padded(chosen))
             scores = self._score(questions, generation, chosen, state)
             rewards.append(np.where(scores.mask, scores.rewards, np.nan)[:, real])
-            mask = np.asarray(generation.mask)[real]
+            tokens, mask = np.asarray(generation.tokens)[real], np.asarray(generation.mask)[real]
             lengths.append(mask.sum(1))
-            ended.append(~mask[:, -1])
+            ended.append((np.isin(tokens, self.trainer.sampling.stop_tokens) & mask).any(1))
         by_name = zip(self.config.names, np.concatenate(rewards, axis=1), strict=True)
         means = {name: float(np.mean(row[~np.isnan(row)])) for name, row in by_name if not np.isnan(row).all()}
         return {**means, "tokens": float(np.concatenate(lengths).mean()), "ended": float(np.concatenate(ended).mean())}

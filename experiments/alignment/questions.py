@@ -36,7 +36,9 @@ def _chosen(task: Task, rows: str) -> Task:
     """The questions whose column has one of the values of ``column=value|value``; all without it."""
     if not rows:
         return task
-    column, _, values = (part.strip() for part in rows.partition("="))
+    column, equals, values = (part.strip() for part in rows.partition("="))
+    check(bool(equals), argument="rows", value=rows, rule="is not column=value|value",
+          remedy=f"Columns: {', '.join(task.columns)}")  # fmt: skip
     check(column in task.columns, argument="rows", value=rows, rule=f"no column {column!r}",
           remedy=f"Columns: {', '.join(task.columns)}")  # fmt: skip
     wanted = {value.strip() for value in values.split("|")}

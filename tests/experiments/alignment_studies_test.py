@@ -141,6 +141,8 @@ def test_rows_are_chosen_by_a_column_before_they_are_counted(graded):
         load_task(OwnDataConfig(data=graded, rows="grade=1"), graded)
     with pytest.raises(ValueError, match=r"no question has one of these values.*Values of level: 1, 2, 3"):
         load_task(OwnDataConfig(data=graded, rows="level=7"), graded)
+    with pytest.raises(ValueError, match=r"rows='level': is not column=value\|value"):
+        load_task(OwnDataConfig(data=graded, rows="level"), graded)
     with pytest.raises(ValueError, match="rows='level=1': filters --data, which is empty"):
         load_task(OwnDataConfig(rows="level=1"), "")
 
