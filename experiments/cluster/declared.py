@@ -5,8 +5,8 @@ from jaxrl_suite.moe.cost_model import token_flops
 from jaxrl_suite.moe.folding import Folding
 from jaxrl_suite.moe.pipeline import num_ticks, repeats_exchanges, repeats_stages
 
-# Forward passes of a layer that the backward pass repeats, by policy; "experts" repeats no product.
-_REPEATS = {"none": 0, "experts": 0, "attention": 0, "full": 1, "full_with_dispatch": 1}
+# Forward passes of a layer that the backward pass repeats, by policy; "elementwise" and "experts" repeat no product.
+_REPEATS = {"none": 0, "elementwise": 0, "experts": 0, "attention": 0, "full": 1, "full_with_dispatch": 1}
 # Where rows that came back from experts are kept, the last of their three products is not repeated.
 _KEPT = 1 / 3
 

@@ -28,11 +28,11 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
 
     A layer runs forward F times a micro-batch (2 where 1F1B repeats the forward pass of a stage, else 1), R times again
     in the backward pass (``remat="full"``: 1), and backward once; a pipeline does so m + PP - 1 times for m
-    micro-batches.
+    micro-batches. Inputs of column splits are gathered G times again: with ``remat="elementwise"`` once, else R times.
     With A the bytes of a micro-batch between layers (gathered over TP), C the slots of an expert and l the layers of a
     stage, each time sends
 
-        TP   (TP-1)/TP A (l (F + R + 1) + 2) gathered, as much less one scattered, and F embeddings in float32
+        TP   (TP-1)/TP A (l (F + G + 1) + 2) gathered, A (l (F + R + 1) + 1) scattered, and F embeddings in float32
         CP   (CP-1) (F + R + 1) l times the keys and values of a rank
         EP   (EP-1)/EP 2 (F + X + 1) l E C D, exchanges are repeated X times: R where inputs of layers are all that is
              kept, else 0
@@ -53,6 +53,7 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
     ticks = num_ticks(config.num_microbatches, stages)
     layers = model.num_layers // stages
     forward, again = 1 + repeats_stages(config, stages), int(config.remat == "full")
+    gathers = layers * (forward + _gathers_again(config) + 1)
     passes = layers * (forward + again + 1)
     rows = global_batch // (folding.dp * config.num_microbatches)
     tokens = rows * sequence // folding.cp
@@ -66,9 +67,9 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
             sent[kind, tuple(first)] = sent.get((kind, tuple(first)), 0.0) + size
 
     tensor = (folding.tp - 1) / folding.tp * whole
-    shared = layers * (forward + again + 1) if model.shared_width else 0
-    add("all-gather", "tp", ticks * tensor * wide * (passes + shared + 2))
-    add("reduce-scatter", "tp", ticks * tensor * (wide * (passes + shared + 1) + 4 * forward))
+    splits = 1 + bool(model.shared_width)  # columns, then rows, of each layer: attention and a shared expert
+    add("all-gather", "tp", ticks * tensor * wide * (splits * gathers + 2))
+    add("reduce-scatter", "tp", ticks * tensor * (wide * (splits * passes + 1) + 4 * forward))
     keys = tokens * max(1, model.num_kv_heads // folding.tp) * model.head_dim
     add("collective-permute", "cp", ticks * passes * (folding.cp - 1) * 2 * keys * wide)
     slots = expert_capacity(
@@ -89,12 +90,17 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
 
 
 def _check(config: MoEConfig, folding: Folding) -> None:
-    wanted = {"dispatch": ("drop_pad",), "sharding": ("zero1", "fsdp"), "remat": ("none", "full")}
+    wanted = {"dispatch": ("drop_pad",), "sharding": ("zero1", "fsdp"), "remat": ("none", "elementwise", "full")}
     wanted |= {"schedule": ("1f1b",)} if folding.pp > 1 else {}
     wanted |= {"context": ("ring",)} if folding.cp > 1 else {}
     for name, allowed in wanted.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name}={getattr(config, name)!r}: bytes are declared for {' or '.join(allowed)} only.")
+
+
+def _gathers_again(config: MoEConfig) -> int:
+    """How often the backward pass gathers what enters a column split, and weights under FSDP, again."""
+    return int(config.remat in ("full", "elementwise"))
 
 
 def _groups(folding: Folding, role: str | tuple[str, ...]) -> list[list[int]]:
@@ -146,5 +152,5 @@ def _turns(path: str, config: MoEConfig, stages: int) -> tuple[int, int]:
         return 1, 1
     ticks, repeated = num_ticks(config.num_microbatches, stages), repeats_stages(config, stages)
     if path.startswith("layers/"):
-        return ticks * (1 + repeated + int(config.remat == "full")), ticks
+        return ticks * (1 + repeated + _gathers_again(config)), ticks
     return ticks + repeated * (stages - 1) * (path == "embed/table"), ticks

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_suite.moe.grouped import block_matmul, block_outer, blocks_of_experts
 from jaxrl_suite.moe.variance import vary_like, zeros_like_varying
@@ -172,6 +173,7 @@ _backward = _on_cpu(_walk_backward, _grouped_backward)
 
 def _swiglu_forward(rows: Array, params: Params, expert: Array, live: Array) -> tuple[Array, tuple]:
     y, gate, up = _forward(rows, params, expert, live)
+    gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
     return y, (rows, params, gate, up, expert, live)
 
 

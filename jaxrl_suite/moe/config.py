@@ -10,7 +10,7 @@ from jaxrl_suite.moe.dispatch import Mode
 from jaxrl_suite.moe.folding import Folding, nearest_foldings
 from jaxrl_suite.moe.folding import foldings as all_foldings
 
-Remat = Literal["none", "full", "full_with_dispatch", "experts", "attention"]
+Remat = Literal["none", "full", "full_with_dispatch", "elementwise", "experts", "attention"]
 
 
 class HParams(NamedTuple):

@@ -20,6 +20,7 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_suite.lm.attention import attention_with_normaliser, blockwise_attend
 from jaxrl_suite.moe.config import MoEConfig
@@ -103,7 +104,7 @@ def ring_attend(
     parts = [attend(q, k, v, positions, positions, segments, segments, ordered=True)]
     ring = [(rank, (rank + 1) % ranks) for rank in range(ranks)]
     for step in range(1, ranks):
-        held = jax.lax.ppermute(held, axes, ring)
+        held = checkpoint_name(jax.lax.ppermute(held, axes, ring), "held")
         if zigzag:
             parts.append(_zigzag_step(attend, q, positions, segments, held, me >= step))
         else:

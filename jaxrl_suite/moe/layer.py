@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_suite.lm import route
 from jaxrl_suite.lm.feed_forward import router_logits, shared_expert, swiglu
@@ -25,8 +26,11 @@ from jaxrl_suite.moe.fp8 import round_rows, round_tiles
 from jaxrl_suite.moe.grouped import Blocks, block_matmul
 from jaxrl_suite.moe.hooks import tensor_parallel
 from jaxrl_suite.moe.variance import axis_index, axis_size, unify, vary_like
-from jaxrl_suite.types import Array, FeedForward, Params
+from jaxrl_suite.types import Array, FeedForward, Parallel, Params
 
+# What the backward pass of a folded sparse layer cannot compute again without a product, an exchange or a sort, beside
+# the names that it shares with the decoder of one device.
+SAVED_NAMES = ("held", "router", "routing", "dispatched", "returned", "output", "shared")
 _WALKED_BLOCK = 16  # rows: smaller blocks pad less, but more products have few rows
 
 
@@ -90,13 +94,14 @@ def moe_layer(
     model = config.model
     (batch, length, width), num_experts = x.shape, model.num_experts
     tokens = x.reshape(-1, width)
-    logits = router_logits(params, tokens, model)
+    logits = checkpoint_name(router_logits(params, tokens, model), "router")
     routing = route(logits, model, params.get("router_bias"))
     keep, rank, capacity = _capacity(routing.experts, routing.weights, batch, config, axes)
+    experts, keep, rank = checkpoint_name((routing.experts, keep, rank), "routing")
     y, stats = dispatch(
         config.dispatch,
         tokens,
-        routing.experts,
+        experts,
         routing.weights,
         keep,
         make_experts(params["experts"], config, routing.experts.size * axis_size(axes.experts.etp)),
@@ -107,10 +112,15 @@ def moe_layer(
         rank=rank,
     )
     if "shared" in params:
-        shared = shared_expert(params, x, model, tensor_parallel(axes.tp))
+        shared = shared_expert(params, x, model, _naming(tensor_parallel(axes.tp)))
         y = y + shared.reshape(-1, width)
     sums = _router_sums(routing.experts, routing.probs, logits, mask, batch, stats)
     return y.reshape(batch, length, width), sums
+
+
+def _naming(parallel: Parallel) -> Parallel:
+    """Hooks that name what a row split yields: a gate that multiplies it needs it again."""
+    return parallel._replace(after_row=lambda x: checkpoint_name(parallel.after_row(x), "shared"))
 
 
 def make_feed_forward(config: MoEConfig, axes: LayerAxes, mask: Array | None = None) -> FeedForward:
@@ -146,7 +156,10 @@ def make_experts(params: Params, config: MoEConfig, num_rows: int = 0) -> Expert
         def one(expert: Params, rows: Array) -> Array:
             if not float8:
                 return swiglu(expert, rows, accumulate=accumulate)
-            gate, up = (project(rounded(rows), expert[name], accumulate=accumulate) for name in ("gate", "up"))
+            gate, up = (
+                checkpoint_name(project(rounded(rows), expert[name], accumulate=accumulate), name)
+                for name in ("gate", "up")
+            )
             return project(rounded(jax.nn.silu(gate) * up), expert["down"], accumulate=accumulate)
 
         # A batched product takes more than twice as long as 2-D products on a CPU, and a fraction of it elsewhere.
@@ -158,11 +171,14 @@ def make_experts(params: Params, config: MoEConfig, num_rows: int = 0) -> Expert
         x, layout, weights = unify(rounded(x), layout, params)
         if not float8:
             weights = jax.tree.map(lambda leaf: leaf.astype(x.dtype), weights)
-            return block_swiglu(x, weights, layout.expert, layout.live)
-        gate = block_matmul(x, weights["gate"].astype(x.dtype), layout.expert, layout.live)
-        up = block_matmul(x, weights["up"].astype(x.dtype), layout.expert, layout.live)
-        hidden = rounded(jax.nn.silu(gate) * up)
-        return block_matmul(hidden, weights["down"].astype(x.dtype), layout.expert, layout.live)
+            return checkpoint_name(block_swiglu(x, weights, layout.expert, layout.live), "output")
+
+        def product(rows: Array, name: str, saved: str) -> Array:
+            y = block_matmul(rows, weights[name].astype(rows.dtype), layout.expert, layout.live)
+            return checkpoint_name(y, saved)
+
+        gate, up = product(x, "gate", "gate"), product(x, "up", "up")
+        return product(rounded(jax.nn.silu(gate) * up), "down", "output")
 
     if config.remat == "experts":  # no exchange happens in here, so none can be repeated
         uniform, blocks = (jax.checkpoint(function, prevent_cse=False) for function in (uniform, blocks))

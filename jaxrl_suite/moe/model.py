@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxrl_suite.config import check
 from jaxrl_suite.lm import block, embed, flatten, head, unflatten
+from jaxrl_suite.lm.decoder import SAVED_NAMES as DENSE_NAMES
 from jaxrl_suite.lm.decoder import final_norm, head_table
 from jaxrl_suite.lm.feed_forward import dense_feed_forward
 from jaxrl_suite.lm.layers import wide
@@ -25,7 +26,7 @@ from jaxrl_suite.moe.context import make_attend
 from jaxrl_suite.moe.dispatch import ExpertAxes
 from jaxrl_suite.moe.folding import Folding
 from jaxrl_suite.moe.hooks import tensor_parallel
-from jaxrl_suite.moe.layer import LayerAxes, make_feed_forward, zigzag_order
+from jaxrl_suite.moe.layer import SAVED_NAMES, LayerAxes, make_feed_forward, zigzag_order
 from jaxrl_suite.moe.partition import is_multiplied, placements
 from jaxrl_suite.moe.variance import axis_index, axis_size, sum_over, vary
 from jaxrl_suite.types import Array, FeedForward, Params
@@ -235,14 +236,16 @@ def run_layers(layers: Params, x: Array, batch: Batch, *, config: MoEConfig, lay
 def rematerialised(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """``jax.checkpoint`` with what each policy keeps; only "full_with_dispatch" repeats an exchange of tokens.
 
-    "full" keeps block inputs and what came over the network; "experts" recomputes the activations of experts only;
-    "attention" recomputes the output of attention only.
+    "full" keeps block inputs and what came over the network; "elementwise" keeps what products yielded too, so that
+    norms, rotations, activations and local permutations alone are repeated, and the gathers before column splits;
+    "experts" recomputes the activations of experts only; "attention" recomputes the output of attention only.
     """
     policies = jax.checkpoint_policies
     exchanged = ("dispatched", "returned")
     keep: dict[str, Any] = {
         "full": policies.save_only_these_names(*exchanged),
         "full_with_dispatch": policies.nothing_saveable,
+        "elementwise": policies.save_only_these_names(*DENSE_NAMES, *SAVED_NAMES),
         "attention": policies.save_anything_except_these_names("attention"),
     }
     if policy in ("none", "experts"):  # "experts" stands around the experts themselves, see make_experts

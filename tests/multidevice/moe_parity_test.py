@@ -33,6 +33,10 @@ SAMPLE = [
     ("attention=tp2.dp2 experts=ep4 pipeline=2", {"num_microbatches": 2, "virtual_stages": 2}),
     ("attention=cp2.dp2 experts=etp2.ep2 pipeline=2", {"num_microbatches": 4, "schedule": "1f1b"}),
     ("attention=tp2.dp2 experts=ep4 pipeline=2", {"num_microbatches": 4, "schedule": "1f1b", "pending": "all"}),
+    (
+        "attention=tp2.cp2 experts=etp2.ep2 pipeline=2",
+        {"num_microbatches": 4, "schedule": "1f1b", "pending": "all", "remat": "elementwise", "context": "ring"},
+    ),
     ("attention=tp2 experts=etp2 pipeline=4", {"num_microbatches": 4, "schedule": "gpipe"}),
     ("attention=tp2 experts=ep2 pipeline=4", {"num_microbatches": 8, "schedule": "1f1b", "remat": "full"}),
     ("experts=ep1 pipeline=8", {"num_microbatches": 2, "schedule": "1f1b", "sharding": "none"}),
