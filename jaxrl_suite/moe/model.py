@@ -210,6 +210,11 @@ def run_layers(layers: Params, x: Array, batch: Batch, *, config: MoEConfig, lay
     Returns:
         x, and the :class:`RouterSums` of each layer (an empty tuple for a dense model).
     """
+    return jax.lax.scan(make_layer(batch, config=config, layout=layout), x, layers)
+
+
+def make_layer(batch: Batch, *, config: MoEConfig, layout: Layout) -> Callable[[Array, Params], tuple[Array, Any]]:
+    """One block on the tokens of a batch, ``(x, its parameters) -> (x, RouterSums)``, recomputed as configured."""
     parallel = tensor_parallel(layout.layer.tp)
     attend = make_attend(config, layout.layer.cp)
     feed_forward = _feed_forward(config, layout, batch)
@@ -230,7 +235,7 @@ def run_layers(layers: Params, x: Array, batch: Batch, *, config: MoEConfig, lay
             parallel=parallel,
         )
 
-    return jax.lax.scan(rematerialised(layer, config.remat), x, layers)
+    return rematerialised(layer, config.remat)
 
 
 def rematerialised(function: Callable[..., Any], policy: str) -> Callable[..., Any]:

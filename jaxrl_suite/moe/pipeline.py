@@ -22,7 +22,6 @@ References:
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,12 +30,14 @@ import jax.numpy as jnp
 from jaxrl_suite.lm import embed
 from jaxrl_suite.moe.config import HParams, MoEConfig
 from jaxrl_suite.moe.hooks import tensor_parallel
+from jaxrl_suite.moe.kept_layers import backward_layers, empty_ring, forward_layers
 from jaxrl_suite.moe.model import (
     Batch,
     Layout,
     Loss,
     ObjectiveParts,
     gather_outside_layers,
+    make_layer,
     objective_parts,
     run_layers,
     token_log_probs,
@@ -218,7 +219,8 @@ class _Ticking(NamedTuple):
     Attributes:
         received: activations from the previous stage.
         returned: gradient of the activations handed on, from the next stage.
-        waiting: [2·PP - 1, ...], what is kept of the micro-batches whose backward pass is to come.
+        waiting: what is kept of the micro-batches whose backward pass is to come, a :class:`Ring` or inputs of the
+            stage [2·PP - 1, ...].
         gradients: sum so far, in the dtypes of the stored weights.
         totals: objective so far.
     """
@@ -228,51 +230,6 @@ class _Ticking(NamedTuple):
     waiting: Any
     gradients: Params
     totals: ObjectiveParts
-
-
-class _Recipe(NamedTuple):
-    """How the pullback of a stage's layers is put together again; static.
-
-    Attributes:
-        tree: structure of the pullback.
-        weights: of each leaf, its index among the leaves of the layers' weights; None for those that are kept.
-    """
-
-    tree: Any
-    weights: tuple[int | None, ...]
-
-
-def take_apart(pullback: Any, weights: Params) -> tuple[list[Array], _Recipe]:
-    """What a pullback holds besides the weights, which are at hand in every tick.
-
-    Args:
-        pullback: of ``jax.vjp``, a pytree.
-        weights: among the arguments of the function that it belongs to.
-
-    Returns:
-        The arrays to keep, and how to make the pullback of them.
-    """
-    leaves, tree = jax.tree.flatten(pullback)
-    place = {id(leaf): index for index, leaf in enumerate(jax.tree.leaves(weights))}
-    recipe = _Recipe(tree, tuple(place.get(id(leaf)) for leaf in leaves))
-    return [leaf for leaf, index in zip(leaves, recipe.weights) if index is None], recipe
-
-
-def put_together(recipe: _Recipe, kept: list[Array], weights: Params) -> Any:
-    """The pullback again, see :func:`take_apart`."""
-    rest, at_hand = iter(kept), jax.tree.leaves(weights)
-    return jax.tree.unflatten(recipe.tree, [next(rest) if i is None else at_hand[i] for i in recipe.weights])
-
-
-def _replay(outputs: Any, pullback: Any) -> Callable[..., Any]:
-    """A function whose results are known and whose derivative is a pullback of before: nothing runs a second time."""
-
-    @jax.custom_vjp
-    def known(*_: Any) -> Any:
-        return outputs
-
-    known.defvjp(lambda *_: (outputs, None), lambda _, cotangents: pullback(cotangents))
-    return known
 
 
 def _one_forward_one_backward(
@@ -291,83 +248,81 @@ def _one_forward_one_backward(
     repeats = repeats_stages(config, stages)
     if repeats_exchanges(config, stages):
         config = config.replace(remat="full_with_dispatch")
+    layers, outside = params["layers"], {name: part for name, part in params.items() if name != "layers"}
+    layer = functools.partial(make_layer, config=config, layout=layout)
 
-    def through(batch: Batch) -> Callable[[Params, Array], tuple[Array, Any]]:
-        return functools.partial(run_layers, batch=batch, config=config, layout=layout)
+    def whole(outside: Params) -> Params:
+        return gather_outside_layers(outside, layout, dtype)
 
-    def enter(params: Params, received: Array, batch: Batch) -> Array:
-        entering = embed(params, batch.inputs, config=config.model, parallel=tensor_parallel(layout.layer.tp))
+    def enter(outside: Params, received: Array, batch: Batch) -> Array:
+        entering = embed(outside, batch.inputs, config=config.model, parallel=tensor_parallel(layout.layer.tp))
         return jnp.where(stage == 0, entering, received)
 
-    def run(
-        params: Params, received: Array, batch: Batch, valid: Array, layers: Callable[[Params, Array], Any]
-    ) -> tuple[tuple[Array, Array], ObjectiveParts]:
-        """One stage on one micro-batch: activations to hand on, and what it adds to the objective."""
-        params = gather_outside_layers(params, layout, dtype)
-        x, sums = layers(params["layers"], enter(params, received, batch))
-        total = loss(token_log_probs(params, x, batch.targets, config=config, layout=layout), batch)
+    def leave(outside: Params, x: Array, sums: Any, batch: Batch, valid: Array) -> tuple[Array, ObjectiveParts]:
+        """What one stage adds to the objective for one micro-batch, from what its layers yielded."""
+        total = loss(token_log_probs(outside, x, batch.targets, config=config, layout=layout), batch)
         total = jnp.where((stage == stages - 1) & valid, total, 0)
         parts = objective_parts(total, _mask_sums(sums, valid), count, config=config, layout=layout, num_parts=number)
-        return (x, total_objective(parts, config, hparams)), parts
+        return total_objective(parts, config, hparams), parts
 
-    def forward_only(received: Array, batch: Batch) -> tuple[Array, Any, _Recipe | None]:
-        """Activations to hand on, what to keep until the backward pass, and how to use it."""
-        whole = gather_outside_layers(params, layout, dtype)
-        entering, layers = enter(whole, received, batch), params["layers"]
+    def forward_tick(carry: _Ticking, t: Array) -> tuple[_Ticking, Array]:
+        batch, slot = _microbatch(batches, t - stage), (t - stage) % slots
+        entering = enter(whole(outside), carry.received, batch)
         if repeats:
-            return through(batch)(layers, entering)[0], received, None
-        (x, sums), pullback = jax.vjp(through(batch), layers, entering)
-        kept, recipe = take_apart(pullback, layers)
-        return x, (kept, sums), recipe
+            x = run_layers(layers, entering, batch, config=config, layout=layout)[0]
+            waiting = jax.lax.dynamic_update_index_in_dim(carry.waiting, carry.received, slot, 0)
+        else:
+            x, waiting = forward_layers(layer(batch), layers, entering, batch, ring=carry.waiting, slot=slot)
+        return carry._replace(received=_hand_on(x, layout), waiting=waiting), x
 
-    recipes: list[_Recipe | None] = []
-
-    def kept_of(received: Array) -> Any:
-        _, kept, recipe = forward_only(received, _microbatch(batches, jnp.int32(0)))
-        recipes.append(recipe)
-        return kept
-
-    def layers_again(kept: Any, x: Array, batch: Batch) -> tuple[Callable[[Params, Array], Any], Array]:
-        """The layers for the backward pass, and what entered the stage (of no meaning where nothing runs again).
-
-        ``x``: what the layers yielded; only the last stage needs it, and there in the tick of its forward pass.
-        """
-        if recipes[0] is None:
-            return through(batch), kept
-        kept, sums = kept
-        return _replay((x, sums), put_together(recipes[0], kept, params["layers"])), jnp.zeros_like(x)
+    def backward_tick(carry: _Ticking, t: Array, x: Array) -> _Ticking:
+        """``x``: what the layers yielded; only the last stage needs it, and there in the tick of its forward pass."""
+        index = t - 2 * (stages - 1) + stage
+        valid, slot, ring = (index >= 0) & (index < number), index % slots, carry.waiting
+        batch = _microbatch(batches, index)
+        tables, scatter = jax.vjp(whole, outside)
+        received = ring[slot] if repeats else jnp.zeros_like(x)  # which the gradient of entering does not depend on
+        entering, unembed = jax.vjp(lambda w, r: enter(w, r, batch), tables, received)
+        if repeats:
+            slot = jnp.zeros_like(slot)
+            x, ring = forward_layers(layer(batch), layers, entering, batch, ring=empty, slot=slot)
+        sums = jax.tree.map(lambda leaf: leaf[slot], ring.sums)
+        objective, unhead, parts = jax.vjp(lambda w, x, s: leave(w, x, s, batch, valid), tables, x, sums, has_aux=True)
+        d_head, d_x, d_sums = unhead(jnp.ones_like(objective))
+        # The last stage has no successor; bubbles pass no gradient.
+        d_x = d_x + jnp.where(valid & (stage < stages - 1), carry.returned, 0).astype(d_x.dtype)
+        total = carry.gradients
+        d_x, d_layers = backward_layers(
+            recipe, layers, (d_x, d_sums), batch, ring=ring, slot=slot, gradients=total["layers"], valid=valid
+        )
+        d_embedding, d_received = unembed(d_x)
+        (d_outside,) = scatter(jax.tree.map(jnp.add, d_embedding, d_head))
+        gradients = {
+            name: jax.tree.map(lambda t, g: t + jnp.where(valid, g, 0).astype(t.dtype), total[name], part)
+            for name, part in d_outside.items()
+        }
+        return carry._replace(
+            returned=_hand_on(d_received, layout, back=True),
+            gradients={**gradients, "layers": d_layers},
+            totals=jax.tree.map(jnp.add, carry.totals, parts),
+        )
 
     def tick(carry: _Ticking, t: Array, *, forward: bool, backward: bool) -> tuple[_Ticking, None]:
         x = carry.received
         if forward:
-            x, kept, _ = forward_only(carry.received, _microbatch(batches, t - stage))
-            waiting = jax.tree.map(lambda ring, new: ring.at[(t - stage) % slots].set(new), carry.waiting, kept)
-            carry = carry._replace(received=_hand_on(x, layout), waiting=waiting)
+            carry, x = forward_tick(carry, t)
         if backward:
-            index = t - 2 * (stages - 1) + stage
-            valid = (index >= 0) & (index < number)
-            batch = _microbatch(batches, index)
-            layers, entered = layers_again(jax.tree.map(lambda ring: ring[index % slots], carry.waiting), x, batch)
-            (y, _), pullback, parts = jax.vjp(
-                lambda p, r: run(p, r, batch, valid, layers), params, entered, has_aux=True
-            )
-            # The last stage has no successor; bubbles pass no gradient.
-            cotangent = jnp.where(valid & (stage < stages - 1), carry.returned, jnp.zeros_like(carry.returned))
-            d_params, d_received = pullback((cotangent.astype(y.dtype), jnp.ones((), parts.loss.dtype)))
-            gradients = jax.tree.map(
-                lambda total, g: total + jnp.where(valid, g, 0).astype(total.dtype), carry.gradients, d_params
-            )
-            totals = jax.tree.map(jnp.add, carry.totals, parts)
-            carry = carry._replace(returned=_hand_on(d_received, layout, back=True), gradients=gradients, totals=totals)
+            carry = backward_tick(carry, t, x)
         return carry, None
 
-    empty = vary(_no_activations(params, batches, config, layout), layout.mesh)
+    nothing = vary(_no_activations(params, batches, config, layout), layout.mesh)
     first = _microbatch(batches, jnp.int32(0))
-    totals = zeros_of(lambda: run(params, empty, first, jnp.bool_(True), through(first))[1])
-    kept = zeros_of(lambda: kept_of(empty))
-    waiting = jax.tree.map(lambda leaf: vary(jnp.zeros((slots, *leaf.shape), leaf.dtype), layout.mesh), kept)
+    empty, recipe = empty_ring(layer(first), layers, nothing, first, slots=1 if repeats else slots, mesh=layout.mesh)
+    sums = jax.tree.map(lambda leaf: leaf[0], empty.sums)
+    totals = zeros_of(lambda: leave(whole(outside), nothing, sums, first, jnp.bool_(True))[1])
+    waiting = vary(jnp.zeros((slots, *nothing.shape), nothing.dtype), layout.mesh) if repeats else empty
     zeros = jax.tree.map(lambda leaf, dtype: jnp.zeros_like(leaf, dtype=dtype), params, dtypes)
-    carry = _Ticking(empty, empty, waiting, zeros, totals)
+    carry = _Ticking(nothing, nothing, waiting, zeros, totals)
     # Whatever the stage, nothing goes back in the first PP - 1 ticks and nothing forth in the last PP - 1.
     start = 0
     for length, forward, backward in ((stages - 1, True, False), (number, True, True), (stages - 1, False, True)):

@@ -40,6 +40,10 @@ from jaxrl_suite.moe.verify import compile_gradients, make_problem, relative_err
     ("text", "changes"),
     [
         ("attention=tp2.cp2 experts=ep2 pipeline=2", {"num_microbatches": 4, "schedule": "1f1b", "remat": "full"}),
+        (
+            "attention=tp2.cp2 experts=ep2 pipeline=2",
+            {"num_microbatches": 4, "schedule": "1f1b", "remat": "elementwise", "pending": "all"},
+        ),
         ("attention=tp2 experts=etp2.ep2", {"remat": "none", "num_microbatches": 1}),
         ("attention=tp2 experts=etp2.ep2", {"sharding": "fsdp", "num_microbatches": 1, "remat": "full"}),
     ],
@@ -244,6 +248,10 @@ STEPS = {
     "1F1B, exchanged rows kept": (
         "attention=tp2.dp2 experts=ep4 pipeline=2",
         {"schedule": "1f1b", "remat": "full", "pending": "all"},
+    ),
+    "1F1B, norms and activations recomputed": (
+        "attention=tp2.dp2 experts=ep4 pipeline=2",
+        {"schedule": "1f1b", "remat": "elementwise", "pending": "all"},
     ),
     "GPipe, everything recomputed": ("attention=dp4 experts=ep4 pipeline=2", {"remat": "full"}),
     "no pipeline, nothing recomputed": ("attention=tp2.cp2.dp2 experts=ep8", {"context": "ring"}),

@@ -9,7 +9,7 @@ import pytest
 
 from jaxrl_suite import lm, moe
 from jaxrl_suite.moe.audit import audit
-from jaxrl_suite.moe.pipeline import put_together, take_apart
+from jaxrl_suite.moe.kept_layers import put_together, take_apart
 from jaxrl_suite.moe.verify import (
     communication_checks,
     compile_gradients,

@@ -13,7 +13,8 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxrl_suite import lm, moe
 from jaxrl_suite.moe.cost_flops import jaxpr_flops
-from jaxrl_suite.moe.model import rematerialised
+from jaxrl_suite.moe.kept_layers import empty_ring
+from jaxrl_suite.moe.model import Layout, make_layer, rematerialised
 from jaxrl_suite.moe.variance import vary
 from jaxrl_suite.moe.verify import quick_compile, relative_errors
 
@@ -119,6 +120,28 @@ def test_elementwise_repeats_no_product_and_no_exchange(text, options):
     ticks = 5 if folding.pp > 1 else 4
     gathers = ticks * 2 * model.num_layers // folding.pp  # attention and the shared expert
     assert found["elementwise"] - found["none"] == Counter(all_gather=gathers), (found["elementwise"], found["none"])
+
+
+def test_a_ring_holds_what_the_policy_names_and_nothing_else():
+    """Neither weights nor the batch, which are at hand: shapes of a layer on 16 tokens of width 16, 2 x 8; not run."""
+    batch = moe.language_batch(jnp.zeros((2, 9), jnp.int32))
+    layers = jax.eval_shape(lambda: lm.init_params(jax.random.key(0), MODEL))["layers"]
+
+    def kept(policy):
+        config = moe.MoEConfig(model=MODEL, remat=policy, block_rows=16)
+        layer = make_layer(batch, config=config, layout=Layout())
+        x = jnp.zeros((2, 8, 16))
+        ring = jax.eval_shape(lambda p: empty_ring(layer, p, x, batch, slots=3, mesh=())[0], layers)
+        assert all(leaf.shape[:2] == (3, 4) for leaf in jax.tree.leaves(ring))
+        return Counter(leaf.shape[2:] for leaf in ring.kept)
+
+    mask = Counter([(2,), (2, 8)])  # tokens that count, of each sequence and each by itself
+    assert kept("full_with_dispatch") - mask == Counter([(2, 8, 16)])
+    heads, rows = (2, 4, 1, 16, 4), (96, 16)  # padded to blocks of 16 tokens and 16 rows
+    names = Counter(
+        {(2, 8, 16): 2, heads: 4, heads[:-1]: 1, rows: 3}
+    )  # input, residual; q, k, v, output; gate, up, down
+    assert kept("elementwise") - mask == names + Counter([(16, 4), (16, 2), (16, 2)])  # logits; experts, which are kept
 
 
 @pytest.mark.slow
