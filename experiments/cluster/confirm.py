@@ -3,18 +3,18 @@
 import heapq
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxrl_suite.lm import LanguageModelConfig
 from jaxrl_suite.moe.config import MoEConfig
 from jaxrl_suite.moe.cost_fit import PAPER_CONSTANTS
-from jaxrl_suite.moe.cost_model import RECOMPUTE
+from jaxrl_suite.moe.cost_model import RECOMPUTE, Workload
 from jaxrl_suite.moe.cost_time import Constants
 from jaxrl_suite.moe.hardware import Hardware
 from jaxrl_suite.moe.planner import Candidate, predict
 
-# What the train step repeats for a level of the planner; it has no level for activation functions alone.
-REMAT: dict[str, Any] = {"none": "none", "activation": "experts", "moe": "experts", "full": "full"}
+# What the train step repeats for a level of the planner; it has none for MoE layers alone.
+REMAT: dict[str, Any] = {"none": "none", "activation": "elementwise", "moe": "elementwise", "full": "full"}
 TRIES = 3  # compiles for each folding that is wanted
 
 
@@ -94,6 +94,11 @@ def _next_level(level: Any) -> Any:
     return next((other for other in rest if REMAT[other] != REMAT[level]), None)
 
 
+def pending_of(workload: Workload) -> Literal["inputs", "all"]:
+    """What 1F1B keeps of micro-batches that wait: all, where no layer is to run a second time."""
+    return "inputs" if workload.recompute == "full" else "all"
+
+
 def step_of(model: LanguageModelConfig, candidate: Candidate) -> MoEConfig:
     """The train step of a candidate: float32 weights, bfloat16 products, capacity as in its workload."""
     folding, workload = candidate.folding, candidate.workload
@@ -105,6 +110,7 @@ def step_of(model: LanguageModelConfig, candidate: Candidate) -> MoEConfig:
         schedule="1f1b" if folding.pp > 1 else "gpipe",
         sharding=workload.sharding,
         remat=REMAT[workload.recompute],
+        pending=pending_of(workload),
         context=workload.context,
     )
 

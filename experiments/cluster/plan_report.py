@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.cluster.confirm import REMAT, Confirmed
+from experiments.cluster.confirm import REMAT, Confirmed, pending_of
 from experiments.cluster.models import MODELS
 from experiments.cluster.paper_tables import all_rows
 from jaxrl_suite.lm import LanguageModelConfig
@@ -124,7 +124,8 @@ def print_launch(options: argparse.Namespace, candidate: Candidate, hardware: Ha
     """How to launch a candidate, and how to look closer at it."""
     folding, workload = candidate.folding, candidate.workload
     per_rank = int(workload.global_batch // (folding.dp * workload.micro_batch))
-    schedule = ', schedule="1f1b"' if folding.pp > 1 else ""
+    pending = pending_of(workload)
+    schedule = f', schedule="1f1b", pending="{pending}"' if folding.pp > 1 else ""
     context = f', context="{workload.context}"' if folding.cp > 1 else ""
     print(f'\nTo launch {"the fastest that fits" if confirmed else "the first"}: --folding="{folding}"')
     print(
@@ -137,7 +138,8 @@ def print_launch(options: argparse.Namespace, candidate: Candidate, hardware: Ha
             f"   python -m experiments.cluster.compile --topology=1x{options.gpus // hardware.node_size}x"
             f'{hardware.node_size} --model={options.model} --folding="{folding}" --sequence={workload.sequence} '
             f"--global_batch={workload.global_batch} --micro_batch={workload.micro_batch} "
-            f"--sharding={workload.sharding} --remat={REMAT[workload.recompute]} --context={workload.context}"
+            f"--sharding={workload.sharding} --remat={REMAT[workload.recompute]} --pending={pending} "
+            f"--context={workload.context}"
         )
     print("Times are predictions: measure the first few and refit (--csv).")
 
