@@ -142,7 +142,9 @@ def known_slope_gradient(
 
     def weighted(params: Any) -> tuple[Array, Array]:
         model = trainer.assemble(params, reference)
-        return early.weighted_log_probs(model, batch.tokens, batch.segments, slope, start=start, laws=batch.laws)
+        return early.weighted_log_probs(
+            model, batch.tokens, batch.segments, slope, start=start, laws=batch.laws, group=trainer.config.group_size
+        )
 
     (_, values), gradient = jax.value_and_grad(weighted, has_aux=True)(params)
     return values, gradient

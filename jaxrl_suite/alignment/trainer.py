@@ -39,7 +39,7 @@ def rollout_with_laws(
     known_slope = slope_is_known(trainer, state.reference, TrainerHParams() if hparams is None else hparams)
     request = _request(trainer, state, prompts, mask)
     if trainer.early is not None and known_slope:
-        return trainer.early.generate(*request)
+        return trainer.early.generate(*request, group=trainer.config.group_size)
     return trainer.policy.generate(*request), None
 
 

@@ -2,7 +2,8 @@
 
 The visible (query block, key block) pairs are listed when the function is traced, so that nothing above the diagonal
 or outside a window is computed, and one scan walks the list. Its length is static, hence the derivative below is
-itself a scan that is linear in the cotangent, and JAX can transpose it again (influences need that).
+itself a scan that is linear in the cotangent, and JAX can transpose it again (influences need that). A short sequence
+is one block, and nothing is walked: all rows and heads go through one batched product.
 """
 
 import functools
@@ -18,21 +19,23 @@ from jaxrl_suite.types import Array
 
 Layout = Literal["auto", "looped", "batched"]
 _HIDDEN = -1e30  # finite, so that a block of which nothing is visible makes no NaN
+# A CPU takes the products of all rows and heads at once up to here: scores of more tokens leave the cache.
+_CPU_BLOCK = 128
 
 
 class _Plan(NamedTuple):
     """Static facts of one call.
 
     Attributes:
-        reach: blocks back that a query block sees, where order on the time axis is order of positions; None where
-            every block may see every other.
+        offset: column of the first query among those of the keys, where order on the time axis is order of positions;
+            None where every block may see every other.
         window: see :func:`blockwise_attend`.
         scale: factor on the scores.
         group: query heads of a KV head.
-        layout: see :func:`blockwise_attend`.
+        layout: see :func:`blockwise_attend`; on a CPU "auto" is "batched" for a single small block.
     """
 
-    reach: int | None
+    offset: int | None
     window: int | None
     scale: float
     group: int
@@ -73,7 +76,7 @@ def blockwise_attend(
         window: tokens that are visible, itself included.
         block_size: rows of a block; 128 on a CPU and 512 elsewhere if None.
         layout: "looped" multiplies one (row, KV head) at a time, fast on CPU; "batched" all at once, for
-            accelerators; "auto" decides when the program is lowered for its platform.
+            accelerators and for short sequences; "auto" decides when the program is lowered for its platform.
 
     Returns:
         [B, T, Hq, C] in the dtype of ``q``.
@@ -115,7 +118,8 @@ def attention_with_normaliser(
         window: see :func:`blockwise_attend`.
         block_size: see :func:`blockwise_attend`.
         layout: see :func:`blockwise_attend`.
-        ordered: T = S and later on the time axis never means visible: blocks above the diagonal are skipped.
+        ordered: queries are the last T of the S columns, and a later column is never visible: blocks above the diagonal
+            are skipped.
 
     Returns:
         output [B, T, Hq, C] in the dtype of ``q`` and, in float32 at least, the natural logarithm of each row's
@@ -126,29 +130,32 @@ def attention_with_normaliser(
     num_keys, num_kv_heads = k.shape[1], k.shape[2]
     group = num_heads // num_kv_heads
     if block_size is None:  # a step of the walk costs a launch on an accelerator, and cache misses on a CPU
-        block_size = 128 if jax.default_backend() == "cpu" else 512
-    block = min(block_size, max(8, 1 << (max(length, num_keys) - 1).bit_length()))
-    n, m = -(-length // block), -(-num_keys // block)
-    reach = (n if window is None else -(-(window - 1) // block)) if ordered else None
-    plan = _Plan(reach, window, width**-0.5, group, layout)
+        block_size = _CPU_BLOCK if jax.default_backend() == "cpu" else 512
+    if max(length, num_keys) <= block_size:  # filled up to whole vector registers only
+        q_block, k_block = (16 * -(-rows // 16) for rows in (length, num_keys))
+        layout = "batched" if layout == "auto" and max(q_block, k_block) <= _CPU_BLOCK else layout
+    else:
+        q_block = k_block = block_size
+    n, m = -(-length // q_block), -(-num_keys // k_block)
+    plan = _Plan(num_keys - length if ordered else None, window, width**-0.5, group, layout)
     q, k, v = (vary_like(x, q, k, v) for x in (q, k, v))
     # Rows of a query block: time major, the heads of a group minor, so that one product serves the whole group.
-    q = _pad(q.reshape(batch, length, num_kv_heads, group, width), n * block).transpose(0, 2, 1, 3, 4)
-    q = q.reshape(batch, num_kv_heads, n, block * group, width)
-    k, v = (_pad(x, m * block).transpose(0, 2, 1, 3).reshape(batch, num_kv_heads, m, block, width) for x in (k, v))
+    q = _pad(q.reshape(batch, length, num_kv_heads, group, width), n * q_block).transpose(0, 2, 1, 3, 4)
+    q = q.reshape(batch, num_kv_heads, n, q_block * group, width)
+    k, v = (_pad(x, m * k_block).transpose(0, 2, 1, 3).reshape(batch, num_kv_heads, m, k_block, width) for x in (k, v))
     far = jnp.iinfo(jnp.int32).max
     places = _Places(
-        _pad(q_positions, n * block, far).reshape(batch, n, block),
-        _pad(k_positions, m * block, far).reshape(batch, m, block),
-        _pad(q_segments, n * block, -1).reshape(batch, n, block),
-        _pad(k_segments, m * block, -1).reshape(batch, m, block),
+        _pad(q_positions, n * q_block, far).reshape(batch, n, q_block),
+        _pad(k_positions, m * k_block, far).reshape(batch, m, k_block),
+        _pad(q_segments, n * q_block, -1).reshape(batch, n, q_block),
+        _pad(k_segments, m * k_block, -1).reshape(batch, m, k_block),
     )
     output, normaliser = _attention(plan, q, k, v, places)
-    output = output.reshape(batch, num_kv_heads, n * block, group, width).transpose(0, 2, 1, 3, 4)
-    normaliser = normaliser.reshape(batch, num_kv_heads, n * block, group).transpose(0, 2, 1, 3)
+    output = output.reshape(batch, num_kv_heads, n * q_block, group, width).transpose(0, 2, 1, 3, 4)
+    normaliser = normaliser.reshape(batch, num_kv_heads, n * q_block, group).transpose(0, 2, 1, 3)
     return (
-        output.reshape(batch, n * block, num_heads, width)[:, :length],
-        normaliser.reshape(batch, n * block, num_heads)[:, :length],
+        output.reshape(batch, n * q_block, num_heads, width)[:, :length],
+        normaliser.reshape(batch, n * q_block, num_heads)[:, :length],
     )
 
 
@@ -196,8 +203,8 @@ def _over_heads(function, plan: _Plan, arrays: tuple[Array, ...], places: _Place
     return (looped if plan.layout == "looped" else batched)(arrays, places)
 
 
-def _scores(plan: _Plan, q: Array, k: Array, places: _Places, i: Array, j: Array) -> Array:
-    """Scaled scores of query block i against key block j, hidden entries at -1e30: [block * group, block]."""
+def _scores(plan: _Plan, q: Array, k: Array, places: _Places, i: Array | int, j: Array | int) -> Array:
+    """Scaled scores of query block i against key block j, hidden entries at -1e30: [rows * group, keys]."""
     dtype = wide(q.dtype)
     scores = jax.lax.dot_general(q[i], k[j], (((1,), (1,)), ((), ())), preferred_element_type=dtype)
     scores = scores * jnp.asarray(plan.scale, dtype)
@@ -209,12 +216,15 @@ def _scores(plan: _Plan, q: Array, k: Array, places: _Places, i: Array, j: Array
     return jnp.where(visible.reshape(scores.shape), scores, jnp.asarray(_HIDDEN, dtype))
 
 
-def _visible_pairs(plan: _Plan, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+def _visible_pairs(plan: _Plan, q: Array, k: Array) -> tuple[np.ndarray, np.ndarray]:
     """(query block, key block) for every two blocks of which something may be visible, row by row."""
-    i, j = np.indices((n, m), np.int32).reshape(2, -1)
-    if plan.reach is None:
+    i, j = np.indices((len(q), len(k)), np.int32).reshape(2, -1)
+    if plan.offset is None:
         return i, j
-    seen = (j <= i) & (i - j <= plan.reach)
+    rows, keys = q.shape[1] // plan.group, k.shape[1]
+    seen = j * keys < plan.offset + (i + 1) * rows
+    if plan.window is not None:
+        seen &= plan.offset + i * rows - ((j + 1) * keys - 1) < plan.window
     return i[seen], j[seen]
 
 
@@ -222,6 +232,19 @@ def _forward_one(plan: _Plan, arrays: tuple[Array, Array, Array], places: _Place
     q, k, v = arrays
     n, rows, width = q.shape
     dtype = wide(q.dtype)
+    pairs = _visible_pairs(plan, q, k)
+
+    def values(weights: Array, j: Array | int) -> Array:
+        return jax.lax.dot_general(
+            weights.astype(v.dtype), v[j], (((1,), (0,)), ((), ())), preferred_element_type=dtype
+        )
+
+    if len(pairs[0]) == 1:
+        scores = _scores(plan, q, k, places, 0, 0)
+        best = scores.max(axis=-1)
+        weights = jnp.exp(scores - best[:, None])
+        total = weights.sum(axis=-1)
+        return (values(weights, 0) / total[:, None]).astype(q.dtype)[None], (best + jnp.log(total))[None]
 
     def step(carry: Any, pair: Any):
         best, total, output = carry
@@ -230,13 +253,10 @@ def _forward_one(plan: _Plan, arrays: tuple[Array, Array, Array], places: _Place
         new_best = jnp.maximum(best[i], scores.max(axis=-1))
         weights = jnp.exp(scores - new_best[:, None])
         shrink = jnp.exp(best[i] - new_best)
-        added = jax.lax.dot_general(
-            weights.astype(v.dtype), v[j], (((1,), (0,)), ((), ())), preferred_element_type=dtype
-        )
         return (
             best.at[i].set(new_best),
             total.at[i].set(total[i] * shrink + weights.sum(axis=-1)),
-            output.at[i].set(output[i] * shrink[:, None] + added),
+            output.at[i].set(output[i] * shrink[:, None] + values(weights, j)),
         ), None
 
     init = (
@@ -245,7 +265,7 @@ def _forward_one(plan: _Plan, arrays: tuple[Array, Array, Array], places: _Place
         jnp.zeros((n, rows, width), dtype),
     )
     init = tuple(vary_like(x, q, k, v, *places) for x in init)
-    (best, total, output), _ = jax.lax.scan(step, init, _visible_pairs(plan, len(q), len(k)))
+    (best, total, output), _ = jax.lax.scan(step, init, pairs)
     return (output / total[..., None]).astype(q.dtype), best + jnp.log(total)
 
 
@@ -256,18 +276,26 @@ def _backward_one(plan: _Plan, arrays: tuple[Array, ...], places: _Places) -> tu
     def product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
         return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=dtype)
 
-    def step(carry: Any, pair: Any):
-        dq, dk, dv = carry
-        i, j = pair
+    def gradients(i: Array | int, j: Array | int) -> tuple[Array, Array, Array]:
         weights = jnp.exp(_scores(plan, q, k, places, i, j) - normaliser[i][:, None])
         d_weights = product(g[i], v[j], (1, 1)) - offset[i][:, None]
         d_scores = (weights * d_weights * jnp.asarray(plan.scale, dtype)).astype(q.dtype)
         return (
-            dq.at[i].add(product(d_scores, k[j], (1, 0))),
-            dk.at[j].add(product(d_scores, q[i], (0, 0))),
-            dv.at[j].add(product(weights.astype(q.dtype), g[i], (0, 0))),
-        ), None
+            product(d_scores, k[j], (1, 0)),
+            product(d_scores, q[i], (0, 0)),
+            product(weights.astype(q.dtype), g[i], (0, 0)),
+        )
 
-    init = tuple(vary_like(jnp.zeros(x.shape, dtype), q, k, v, g, *places) for x in (q, k, v))
-    (dq, dk, dv), _ = jax.lax.scan(step, init, _visible_pairs(plan, len(q), len(k)))
+    def step(carry: tuple[Array, Array, Array], pair: Any):
+        dq, dk, dv = carry
+        i, j = pair
+        more_q, more_k, more_v = gradients(i, j)
+        return (dq.at[i].add(more_q), dk.at[j].add(more_k), dv.at[j].add(more_v)), None
+
+    pairs = _visible_pairs(plan, q, k)
+    if len(pairs[0]) == 1:
+        dq, dk, dv = (x[None] for x in gradients(0, 0))
+    else:
+        zeros = lambda x: vary_like(jnp.zeros(x.shape, dtype), q, k, v, g, *places)  # noqa: E731
+        (dq, dk, dv), _ = jax.lax.scan(step, (zeros(q), zeros(k), zeros(v)), pairs)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)

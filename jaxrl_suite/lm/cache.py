@@ -196,17 +196,29 @@ def _attend_to_cache(q: Array, keys: Array, values: Array, state: DecodeState, w
     return y.astype(q.dtype).reshape(batch, 1, num_heads, width)
 
 
+def repeat_state(state: DecodeState, size: int) -> DecodeState:
+    """Every row of a state ``size`` times in a row, for samples that share a prompt: B rows become B * size."""
+    axis = 0 if isinstance(state.keys, tuple) else 1
+    keys, values = jax.tree.map(lambda x: jnp.repeat(x, size, axis=axis), (state.keys, state.values))
+    start, logits = (jnp.repeat(x, size, axis=0) for x in (state.start, state.logits))
+    return DecodeState(keys, values, start, state.length, logits)
+
+
 def decoder_law(
-    config: LanguageModelConfig, *, max_tokens: int, feed_forward: FeedForward | None = None
+    config: LanguageModelConfig, *, max_tokens: int, feed_forward: FeedForward | None = None, group: int = 1
 ) -> SequenceLaw:
     """The law of continuations of at most ``max_tokens`` tokens.
 
-    ``init`` and ``step`` take ordinary parameters or :func:`decode_params` of them.
+    ``init`` and ``step`` take ordinary parameters or :func:`decode_params` of them. With a ``group``, prompts come in
+    runs of so many equal rows, and ``init`` reads each once.
     """
 
     def init(params: Params, prompts: Array, mask: Array) -> DecodeState:
         capacity = prompts.shape[1] + max_tokens
-        return prefill(params, prompts, mask, config=config, capacity=capacity, feed_forward=feed_forward)
+        state = prefill(
+            params, prompts[::group], mask[::group], config=config, capacity=capacity, feed_forward=feed_forward
+        )
+        return state if group == 1 else repeat_state(state, group)
 
     def step(params: Params, state: DecodeState, tokens: Array) -> tuple[DecodeState, Array]:
         state = decode_step(params, state, tokens, config=config, feed_forward=feed_forward)

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxrl_suite.config import check
 from jaxrl_suite.distributions import Mass, draw_with_mass
+from jaxrl_suite.lm.groups import check_group
 from jaxrl_suite.lm.sampling import Sampling, sampling_logits
 from jaxrl_suite.types import Array, Generation, PRNGKey, SequenceLaw
 
@@ -178,9 +179,9 @@ def left_pad(rows: list[list[int]], *, pad_token: int = 0, length: int | None = 
 
 
 def check_prompts(
-    prompts: Array | np.ndarray, mask: Array | np.ndarray, row_ids: Array | np.ndarray, vocab_size: int
+    prompts: Array | np.ndarray, mask: Array | np.ndarray, row_ids: Array | np.ndarray, vocab_size: int, group: int = 1
 ) -> None:
-    """Refuses shapes that do not fit and, where values are known, masks that are not left-padded.
+    """Refuses shapes that do not fit and, where values are known, masks not left-padded and unequal rows of a group.
 
     Raises:
         ValueError: naming the argument.
@@ -193,11 +194,14 @@ def check_prompts(
         value=row_ids.shape,
         rule=f"must have shape [{prompts.shape[0]}] or [{prompts.shape[0]}, 2]",
     )
+    check_group(group, prompts.shape[0])
     if not any(isinstance(x, jax.core.Tracer) for x in (prompts, mask)):
-        real = np.asarray(mask)
+        tokens, real = np.asarray(prompts), np.asarray(mask)
         ok = real[:, -1].all() and (np.diff(real.astype(np.int8), axis=1) >= 0).all()
         check(bool(ok), argument="mask", value="...", rule="rows must be padded on the left", remedy="Use lm.left_pad")
-        tokens = np.asarray(prompts)[real]
+        same = all((x == np.repeat(x[::group], group, axis=0)).all() for x in (tokens, real))
+        check(same, argument="group", value=group, rule="rows of a group must have equal prompts and masks")
+        tokens = tokens[real]
         inside = tokens.size == 0 or (tokens.min() >= 0 and tokens.max() < vocab_size)
         check(
             bool(inside),

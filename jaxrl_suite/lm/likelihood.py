@@ -10,6 +10,7 @@ from jaxrl_suite.config import check
 from jaxrl_suite.distributions import Mass
 from jaxrl_suite.lm.config import LanguageModelConfig
 from jaxrl_suite.lm.decoder import IDENTITY, final_norm, forward, head_table, logits_of
+from jaxrl_suite.lm.groups import forward_groups
 from jaxrl_suite.lm.layers import wide
 from jaxrl_suite.lm.scores import Chunks, chunk_size, cut, weighted_scores
 from jaxrl_suite.types import Array, Parallel, Params
@@ -61,6 +62,7 @@ def weighted_log_probs(
     chunk: int | None = None,
     start: int = 0,
     laws: Mass | None = None,
+    group: int = 1,
     **options: Any,
 ) -> tuple[Array, Array]:
     """``sum_t weights_t log_probs_t`` with its gradient computed on the way, and the log-probabilities themselves.
@@ -80,15 +82,16 @@ def weighted_log_probs(
         laws: [T - start, B, V] of the powers, where the tokens were drawn from these very laws (same parameters, same
             temperature) and :func:`jaxrl_suite.lm.generate_and_keep` kept them. They save one more product and the
             exponentials; the log-probabilities are then of logits computed here under their normalisers.
-        **options: as for :func:`jaxrl_suite.lm.decoder.forward`.
+        group: rows come in runs of this many that agree before ``start``: samples of one prompt, which is read once.
+        **options: as for :func:`jaxrl_suite.lm.decoder.forward`; with a group, of :func:`forward_groups`.
 
     Returns:
         The sum [] and the log-probabilities [B, T - start], see :func:`log_probs`.
 
     Raises:
-        ValueError: ``start`` does not lie in ``0 .. T - 1``.
+        ValueError: ``start`` does not lie in ``0 .. T - 1``; ``group`` does not divide B, or has no prompt to share.
     """
-    rows, targets, real = _scored(params, tokens, segments, config, IDENTITY, start, options)
+    rows, targets, real = _scored(params, tokens, segments, config, IDENTITY, start, options, group)
     table = head_table(params)
     # Time first, as laws are kept.
     flat, targets, kept = (
@@ -112,16 +115,21 @@ def _scored(
     parallel: Parallel,
     start: int,
     options: dict[str, Any],
+    group: int = 1,
 ) -> tuple[Array, Array, Array]:
     """What the output table reads: rows [B, T - start, D], what each predicts, and whether it predicts anything."""
     length = tokens.shape[1]
     check(0 <= start < length, argument="start", value=start, rule=f"must lie in 0 .. {length - 1}: rows have {length}")
-    x, _ = forward(params, tokens, config=config, segments=segments, parallel=parallel, **options)
-    h = parallel.before_column(final_norm(params, x, config=config))
-    # Row t - 1 predicts token t; the row before the first does not matter, since it is masked.
-    rows = jnp.roll(h, 1, axis=1)
+    if group > 1:
+        x = forward_groups(params, tokens, segments, config=config, start=start, group=group, **options)
+        rows = final_norm(params, x, config=config)
+    else:
+        x, _ = forward(params, tokens, config=config, segments=segments, parallel=parallel, **options)
+        h = parallel.before_column(final_norm(params, x, config=config))
+        # Row t - 1 predicts token t; the row before the first does not matter, since it is masked.
+        rows = jnp.roll(h, 1, axis=1)[:, start:]
     targets, real = shifted_targets(tokens, segments)
-    return rows[:, start:], targets[:, start:], real[:, start:]
+    return rows, targets[:, start:], real[:, start:]
 
 
 def shifted_targets(tokens: Array, segments: Array | None) -> tuple[Array, Array]:

@@ -64,17 +64,20 @@ def weighted_token_log_probs(
     temperature: float | Array = 1.0,
     start: int = 0,
     laws: Mass | None = None,
+    group: int = 1,
 ) -> tuple[Array, Array]:
     """``sum(weights * token_log_probs)`` with its gradient computed on the way, and those log-probabilities.
 
-    ``laws`` are those that the tokens were drawn from, where they were kept; see :func:`early_gradient`.
+    ``laws`` are those that the tokens were drawn from, where they were kept; see :func:`early_gradient`. Rows come in
+    runs of ``group`` that agree before ``start``.
     """
     return weighted_log_probs(
-        params, tokens, segments, weights, config=model.config, temperature=temperature, start=start, laws=laws
-    )
+        params, tokens, segments, weights, config=model.config, temperature=temperature, start=start, laws=laws,
+        group=group,
+    )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "loop", "unrolled", "keep"))
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "loop", "unrolled", "keep", "group"))
 def _generate(
     key: PRNGKey,
     params: Params | DecodeParams,
@@ -87,10 +90,11 @@ def _generate(
     loop: Loop,
     unrolled: bool,
     keep: bool,
+    group: int,
 ) -> tuple[Generation, Mass | None]:
     if unrolled and not isinstance(params, DecodeParams):
         params = decode_params(params, config)
-    law = decoder_law(config, max_tokens=sampling.max_tokens)
+    law = decoder_law(config, max_tokens=sampling.max_tokens, group=group)
     return generate_and_keep(key, law, params, prompts, mask, row_ids=row_ids, sampling=sampling, loop=loop, keep=keep)
 
 
@@ -105,6 +109,7 @@ def generate(
     sampling: Sampling,
     loop: Loop = "while",
     unrolled: bool | None = None,
+    group: int = 1,
 ) -> Generation:
     """Draws one continuation a row; compiled once for each shape and sampling.
 
@@ -120,15 +125,18 @@ def generate(
         loop: "while" stops when every row has ended; "scan" can be vmapped and differentiated.
         unrolled: one step per layer in the program instead of a scan over layers: faster to run on a CPU, slower to
             compile; the default on CPU for models of at most 64 layers.
+        group: rows come in runs of this many with equal prompts (samples of one prompt), each of which is read once.
 
     Returns:
         Generation with T = sampling.max_tokens; log-probabilities are of the sampling law (0 for greedy).
 
     Raises:
-        ValueError: shapes do not fit, padding is not on the left, tokens lie outside the vocabulary.
+        ValueError: shapes do not fit, padding is not on the left, tokens lie outside the vocabulary, prompts of a
+            group differ.
     """
     return _checked(
-        key, model, params, prompts, mask, row_ids, sampling=sampling, loop=loop, unrolled=unrolled, keep=False
+        key, model, params, prompts, mask, row_ids, sampling=sampling, loop=loop, unrolled=unrolled, keep=False,
+        group=group,
     )[0]  # fmt: skip
 
 
@@ -144,14 +152,15 @@ def _checked(
     loop: Loop = "while",
     unrolled: bool | None = None,
     keep: bool,
+    group: int = 1,
 ) -> tuple[Generation, Mass | None]:
     config = model.config
-    check_prompts(prompts, mask, row_ids, config.vocab_size)
+    check_prompts(prompts, mask, row_ids, config.vocab_size, group)
     if unrolled is None:
         unrolled = isinstance(params, DecodeParams) or (jax.default_backend() == "cpu" and config.num_layers <= 64)
     return _generate(
         key, params, jnp.asarray(prompts), jnp.asarray(mask), jnp.asarray(row_ids),
-        config=config, sampling=sampling, loop=loop, unrolled=unrolled, keep=keep,
+        config=config, sampling=sampling, loop=loop, unrolled=unrolled, keep=keep, group=group,
     )  # fmt: skip
 
 

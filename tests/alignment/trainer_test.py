@@ -264,14 +264,18 @@ def test_a_slope_known_beforehand_gives_the_same_steps(key, loss):
 
     policy = bit_policy(True)
 
-    def weighted(params, tokens, segments, weights, *, start, laws):
-        assert laws == "kept"
+    def draw(*request, group):
+        assert group == 16
+        return policy.generate(*request), "kept"
+
+    def weighted(params, tokens, segments, weights, *, start, laws, group):
+        assert laws == "kept" and group == 16
         calls.append(1)
         scores = policy.log_probs(params, tokens, segments, start=start)
         return jnp.sum(weights * scores), scores
 
     plain = make(pareto.fixed_weights(HALF), expressive=True, loss=LossConfig(kl_kind="none", **loss))
-    early = plain._replace(early=EarlyGradient(lambda *a: (policy.generate(*a), "kept"), weighted))
+    early = plain._replace(early=EarlyGradient(draw, weighted))
     state = start(plain, key, (0.3, -0.2, 0.5))
     testing.assert_close(run(early, state, 3), run(plain, state, 3))
     assert calls
