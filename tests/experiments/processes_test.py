@@ -26,13 +26,14 @@ FLAGS = [
 PROGRAM = "import sys; from experiments.common.launch import launch; launch('moe', sys.argv[1:])"
 
 
-def start(workdir, num_processes, *flags):
+def start(workdir, num_processes, *options):
     """The processes of one job; with one process no coordinator is named."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [sys.executable, "-c", PROGRAM, *FLAGS, *flags]
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    words = [sys.executable, "-c", PROGRAM, *FLAGS, *options]
+    flags = [word for word in os.environ["XLA_FLAGS"].split() if "device_count" not in word]  # the launcher's own
+    environment = {**os.environ, "XLA_FLAGS": " ".join(flags)}
     jobs = []
     for number in range(num_processes):
         own = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={num_processes}", f"--process_id={number}"]
