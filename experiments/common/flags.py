@@ -78,7 +78,7 @@ def parse_flags(study: Study, arguments: Sequence[str]) -> tuple[Settings, dict[
     try:
         stray = values(["launch", *arguments])[1:]
     except flags.Error as error:
-        raise UsageError(f"{error} Run with --helpshort to see the flags.") from None
+        raise UsageError(_sentence(error) + " Run with --helpshort to see the flags.") from None
     if stray:
         raise UsageError(f"{stray[0]!r} is not a flag: write --name=value. Run with --helpshort to see the flags.")
     given: dict[str, Any] = {name: values[name].value for name in values if values[name].present}
@@ -97,6 +97,12 @@ def hparam_help(study: Study) -> dict[str, str]:
     lines = re.findall(r"^\s*(\w+): (.+)$", inspect.getdoc(study.hparams) or "", flags=re.MULTILINE)
     described = dict(lines)
     return {name: described.get(name, "hyperparameter").rstrip(".") for name in study.hparams._fields}
+
+
+def _sentence(error: flags.Error) -> str:
+    """absl's message; it ends in "?" where absl guesses what was meant, and in nothing where it does not."""
+    text = str(error).strip().replace(" ?", "?")
+    return text if text.endswith(("?", ".")) else text + "."
 
 
 def read_flags(values: flags.FlagValues, arguments: Sequence[str], summary: str) -> int | None:
@@ -119,7 +125,7 @@ def read_flags(values: flags.FlagValues, arguments: Sequence[str], summary: str)
     try:
         rest = values(list(arguments))[1:]
     except flags.Error as error:
-        print(f"error: {error} Run with --helpshort to see the flags.", file=sys.stderr)
+        print(f"error: {_sentence(error)} Run with --helpshort to see the flags.", file=sys.stderr)
         return 2
     if rest:
         print(f"error: {rest[0]!r} is not a flag: write --name=value. Run with --helpshort to see the flags.",

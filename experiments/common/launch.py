@@ -64,7 +64,8 @@ def prepare_jax(study: Study, settings: Settings) -> None:
     """Sets what is fixed when JAX starts: number of CPU devices, float64, memory. Call it before the first array.
 
     Raises:
-        UsageError: JAX has started with fewer devices, or a module that the study needs is missing.
+        UsageError: JAX has started with fewer devices, JAX_PLATFORMS names devices that are not here, or a module that
+            the study needs is missing.
     """
     needed = {"matplotlib": "experiments", **study.extras}  # every study draws
     missing = {module: extra for module, extra in needed.items() if importlib.util.find_spec(module) is None}
@@ -99,6 +100,8 @@ def prepare_jax(study: Study, settings: Settings) -> None:
         raise UsageError(
             f"--num_processes={settings.num_processes}: give --coordinator=host:port of the first one too."
         )
+    else:
+        check_platform()
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if cache:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -123,6 +126,23 @@ def virtual_devices(number: int, *, threads: int = 4) -> None:
     if "JAX_PLATFORMS" not in os.environ:  # the devices are virtual CPUs also where there is one GPU or TPU
         jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", number)
+
+
+def check_platform() -> None:
+    """Starts JAX where JAX_PLATFORMS names devices; without a driver or plugin for them JAX ends in a traceback.
+
+    Raises:
+        UsageError: there are none.
+    """
+    named = os.environ.get("JAX_PLATFORMS", "")
+    try:
+        if named not in ("", "cpu"):
+            jax.devices()
+    except (RuntimeError, AssertionError):  # which of the two depends on what is installed
+        raise UsageError(
+            f"JAX_PLATFORMS={named}: JAX finds no such device. Install the extra for it "
+            '(python -m pip install "jaxrl-suite[cuda]" or "[tpu]"), or unset JAX_PLATFORMS.'
+        ) from None
 
 
 def print_result(study: Study, result: Result) -> None:

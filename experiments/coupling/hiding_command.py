@@ -64,6 +64,10 @@ def run_command(
 
 def _check(options: argparse.Namespace, output: Path | None) -> None:
     """Before anything expensive."""
+    for name in ("message", "text"):
+        path = getattr(options, name, None)
+        if path is not None and not Path(path).is_file():
+            raise HidingError(f"--{name}={path}: no such file.")
     if output is not None and output.exists() and not options.overwrite:
         raise HidingError(f"--output={output}: exists. Choose another name, or say --overwrite.")
     if output is not None and not output.parent.is_dir():

@@ -130,7 +130,7 @@ def test_commands(tmp_path, capsys, monkeypatch, characters):
         (["--prompt", ""], "--prompt"),
         (["--passphrase", "wrong"], "message"),
         (["--text", str(secret)], "decode"),
-        (["--text", str(tmp_path / "missing")], "No such file"),
+        (["--text", str(tmp_path / "missing")], "missing: no such file"),
     ):
         assert reveal.main(["--text", str(cover), *shared, *arguments]) == 2
         error = capsys.readouterr().err.strip()

@@ -1,6 +1,7 @@
 """Command lines: flags, presets, help, and one clear line for what cannot be."""
 
 import importlib.util
+import re
 
 import pytest
 from absl import flags
@@ -84,6 +85,17 @@ def test_missing_extra_is_named(monkeypatch):
         launch_module.prepare_jax(study, parse_flags(study, [])[0])
 
 
+@pytest.mark.parametrize("raised", [RuntimeError, AssertionError])
+def test_devices_that_are_not_here_are_one_line(monkeypatch, raised):
+    def devices():
+        raise raised
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(launch_module.jax, "devices", devices)
+    with pytest.raises(UsageError, match="JAX_PLATFORMS=cuda: JAX finds no such device"):
+        launch_module.prepare_jax(STUDY, Settings())
+
+
 def test_help_shows_every_flag_with_its_text():
     short, full = help_text("sample", STUDY, full=False), help_text("sample", STUDY, full=True)
     assert "--num_steps  steps of the walk (default 12)" in short
@@ -115,7 +127,9 @@ def test_commands_that_are_no_study_read_flags_like_one(capsys):
     assert read_flags(values, ["prog", "--helpshort"], "Does it.") == 0
     assert "Does it." in (text := capsys.readouterr().out) and "--num_steps  how many (default 7)" in text
     assert read_flags(values, ["prog", "--steps=3"], "Does it.") == read_flags(values, ["prog", "word"], "") == 2
-    assert [line[:6] for line in capsys.readouterr().err.splitlines()] == ["error:", "error:"]
+    unknown, stray = capsys.readouterr().err.splitlines()
+    assert unknown.startswith("error: Unknown command line flag 'steps'") and stray.startswith("error: 'word'")
+    assert re.search(r"[.?] Run with --helpshort", unknown)
     assert read_flags(values, ["prog", "--num_steps=3"], "Does it.") is None and values.num_steps == 3
 
 
