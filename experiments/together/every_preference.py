@@ -285,7 +285,8 @@ def _draw_episodes(arrays: Mapping[str, np.ndarray]) -> "Figure":
         axes.set_xticks(arrays["episodes"], [str(count) for count in arrays["episodes"]], minor=False)
         axes.minorticks_off()
     panels[1].set(yscale="log")
-    panels[0].legend(fontsize=8, loc="lower right")
+    # Below the panels: with few runs the bands leave no corner free.
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     return figure
 
 
