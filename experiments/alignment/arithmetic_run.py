@@ -87,7 +87,6 @@ def supervised_start(config: ArithmeticSizes) -> dict[str, np.ndarray]:
     """A model that adds and shows its work at any length: flattened parameters and the losses in nats."""
     model = make_model(config)
     init_key, data_key = jax.random.split(jax.random.key(config.model_seed))
-    params = lm.init_params(init_key, model.config)
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, config.supervised_steps))
 
     def step(carry: tuple[Any, Any], t: Array) -> tuple[tuple[Any, Any], Array]:
@@ -99,8 +98,12 @@ def supervised_start(config: ArithmeticSizes) -> dict[str, np.ndarray]:
         updates, state = optimizer.update(gradient, state, params)
         return (optax.apply_updates(params, updates), state), loss
 
-    train = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(config.supervised_steps)))
-    (params, _), losses = train((params, optimizer.init(params)))
+    @jax.jit
+    def train(key: Array) -> tuple[tuple[Any, Any], Array]:
+        params = lm.init_params(key, model.config)
+        return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(config.supervised_steps))
+
+    (params, _), losses = train(init_key)
     return {**{f"params/{k}": np.asarray(v) for k, v in lm.flatten(params).items()}, "losses": np.asarray(losses)}
 
 
@@ -167,21 +170,24 @@ def train_run(trainer: alignment.Trainer, config: ArithmeticSizes, params: Any, 
         )  # fmt: skip
         return (state, tokens + jnp.sum(generation.mask)), (metrics.weights, metrics.reward_mean)
 
-    def block(carry: tuple[Any, Any, Array], _: None) -> tuple[tuple[Any, Any, Array], Any]:
+    def steps(carry: tuple[Any, Array]) -> tuple[tuple[Any, Array], tuple[Array, Array]]:
+        return jax.lax.scan(step, carry, length=config.eval_every)
+
+    def block(carry: tuple[Any, Any, Array], index: Array) -> tuple[tuple[Any, Any, Array], Any]:
+        # The start is a block without steps: evaluation, half of the program, is compiled once.
         state, archive, tokens = carry
-        (state, tokens), seen = jax.lax.scan(step, (state, tokens), length=config.eval_every)
+        seen = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(steps, (state, tokens))[1])
+        (state, tokens), seen = jax.lax.cond(index > 0, steps, lambda same: (same, seen), (state, tokens))
         point = _evaluate(trainer, config, state.params, eval_key)
         archive, gain, _overflow = archive_insert(archive, point, label=state.step)
         return (state, archive, tokens), (point, gain, tokens, *seen)
 
-    first = _evaluate(trainer, config, params, eval_key)
-    archive, gain, _ = archive_insert(init_archive(rounds + 1, jnp.zeros(3)), first)
-    tokens = jnp.zeros((), jnp.int32)
-    _, (points, gains, counts, weights, rewards) = jax.lax.scan(block, (state, archive, tokens), length=rounds)
+    carry = state, init_archive(rounds + 1, jnp.zeros(3)), jnp.zeros((), jnp.int32)
+    _, (points, gains, counts, weights, rewards) = jax.lax.scan(block, carry, jnp.arange(rounds + 1))
     return Trace(
-        points=jnp.concatenate([first[None], points]),
-        hypervolume=jnp.cumsum(jnp.concatenate([gain[None], gains])),
-        tokens=jnp.concatenate([tokens[None], counts]),
-        weights=weights.reshape(-1, 3),
-        rewards=rewards.reshape(-1, 3),
+        points=points,
+        hypervolume=jnp.cumsum(gains),
+        tokens=counts,
+        weights=weights[1:].reshape(-1, 3),
+        rewards=rewards[1:].reshape(-1, 3),
     )

@@ -1,5 +1,7 @@
 """The studies of alignment: the language of sums and products, runs compared, answers judged by their last number."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +10,14 @@ import pyarrow.parquet
 import pytest
 
 from experiments.alignment import arithmetic_task as task
-from experiments.alignment.arithmetic_run import ArithmeticSizes, make_model
+from experiments.alignment import families
+from experiments.alignment.arithmetic_run import ArithmeticSizes, make_model, make_trainer
 from experiments.alignment.comparison import at_tokens, interval, median_steps, steps_to_reach
 from experiments.alignment.families import FamiliesConfig, _compare
 from experiments.alignment.own_data import OwnDataConfig, _Session
 from experiments.alignment.questions import encode_prompt, load_task
-from experiments.alignment.rules import rule_label
-from jaxrl_suite import lm
+from experiments.alignment.rules import CANDIDATES, rule_label
+from jaxrl_suite import lm, pareto
 from jaxrl_suite.alignment.tasks import parquet_task
 
 
@@ -86,6 +89,34 @@ def test_a_rule_is_compared_with_the_fixed_run_of_its_seed():
     np.testing.assert_array_equal(found["saw"]["steps"], [2, np.inf])
     np.testing.assert_array_equal(found["fixed"]["steps"], [1, 2])
     np.testing.assert_allclose(found["fixed"]["share"], [0.2, 0.3])  # after as many steps as the rule had
+
+
+def test_rules_that_share_a_program_keep_to_themselves(monkeypatch):
+    """Each contestant's weights are its own; influences, a gain and another length have programs of their own."""
+    traced = []
+
+    def three_steps(trainer, sizes, params, key):
+        traced.append("influence" in trainer.rule.reads)
+        state, weights = trainer.rule.init(), []
+        for t in range(3):
+            rewards = jax.random.uniform(jax.random.fold_in(key, t), (3, 2, 4))
+            signals = pareto.Signals(rewards.mean((1, 2)), rewards[:, 0, 0], rewards, rewards.sum(0))
+            state, used = trainer.rule.step(state, signals)
+            weights.append(used * pareto.weight_gain(state) * params)
+        return jnp.stack(weights)
+
+    monkeypatch.setattr(families, "train_run", three_steps)
+    config = FamiliesConfig(num_steps=2, eval_every=1)
+    settings = {"saw": 0.9, "sweep": 0.5, "influence": 0.1, "hypervolume_gain": 1.0}
+    contest = {name: (CANDIDATES[name](jnp.float32(value), 2), config) for name, value in settings.items()}
+    contest["fixed"] = pareto.fixed_weights(jnp.full(3, 1 / 3)), dataclasses.replace(config, num_steps=3)
+    runs = families._compiled_runs(contest, 2.0)
+    key = jax.random.key(5)
+    found = {name: run(key) for name, run in runs.items()}
+    assert sorted(traced) == [False, False, False, True]  # saw and sweep; the gain; the longer run; influence
+    for name, (rule, sizes) in contest.items():
+        np.testing.assert_allclose(found[name], three_steps(make_trainer(sizes, rule), sizes, 2.0, key), rtol=1e-6)
+    assert len({np.asarray(weights).tobytes() for weights in found.values()}) == len(contest)
 
 
 @pytest.mark.parametrize(
