@@ -1,4 +1,4 @@
-"""Runs studies one after another, each in a process of its own, and writes one self-contained page about them.
+"""Runs studies, each in a process of its own, and writes one self-contained page about them.
 
 A process of its own, because the number of devices and float64 are fixed when JAX starts.
 """
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     try:
         selected = select(all_studies(), everything=options.all, only=options.only)
+        if options.jobs < 1:
+            raise UsageError(f"--jobs={options.jobs}: must be at least 1.")
         for _, study in selected:
             preset = _preset_of(study, options)
             if preset not in study.presets:
@@ -56,12 +59,28 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     began = time.perf_counter()
     outcomes: list[Outcome] = []
-    for number, (family, study) in enumerate(selected, start=1):
-        print(f"[{number}/{len(selected)}] {family}/{study.name}: {study.summary}", flush=True)
-        outcomes.append(_run(family, study, _preset_of(study, options), options.seed, workdir / family / study.name))
-        last = outcomes[-1]
-        print(f"      {last.status} in {last.seconds:.0f} s" + (f": {last.error}" if last.error else ""), flush=True)
-        _write(workdir, outcomes)  # after each study, so that an interrupted tour leaves a page
+    processes: list[subprocess.Popen] = []
+
+    def run(number: int, family: str, study: Study) -> Outcome:
+        name = f"[{number}/{len(selected)}] {family}/{study.name}"
+        print(f"{name}: {study.summary}", flush=True)
+        preset, folder = _preset_of(study, options), workdir / family / study.name
+        ended = _run(family, study, preset, options.seed, folder, processes, bars=options.jobs == 1)
+        place = "     " if options.jobs == 1 else name
+        reason = f": {ended.error}" if ended.error else ""
+        print(f"{place} {ended.status} in {ended.seconds:.0f} s{reason}", flush=True)
+        return ended
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        numbers = range(1, len(selected) + 1)
+        try:
+            for outcome in pool.map(run, numbers, *zip(*selected, strict=True)):
+                outcomes.append(outcome)
+                _write(workdir, outcomes)  # after each study, so that an interrupted tour leaves a page
+        except KeyboardInterrupt:
+            for process in processes:
+                process.terminate()
+            raise
     report.terminal_table([_section(outcome) for outcome in outcomes])
     print(f"{time.perf_counter() - began:.0f} s in all. Open {os.path.relpath(workdir / 'report.html')}")
     return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0
@@ -120,6 +139,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--preset", default="", help="smoke, default or paper; default without --all")
     parser.add_argument("--workdir", default="", help="folder to write; by default the first free runs/tour[-N]")
     parser.add_argument("--resume", action="store_true", help="continue: a finished study is not run again")
+    parser.add_argument("--jobs", type=int, default=1, help="studies at once; above 1 without progress bars")
     parser.add_argument("--seed", type=int, default=0, help="base seed of every study")
     parser.add_argument("--helpshort", action="help", help="the same as --help, as the launchers have it")
     return parser.parse_args(arguments)
@@ -145,12 +165,12 @@ def _enter(workdir: Path, resume: bool) -> Path:
     return workdir
 
 
-def _run(family: str, study: Study, preset: str, seed: int, workdir: Path) -> Outcome:
+def _run(family: str, study: Study, preset: str, seed: int, workdir: Path, processes: list, *, bars: bool) -> Outcome:
     finished = (workdir / "summary.json").exists()
     resume = ["--resume"] if (workdir / "config.json").exists() else []
     words = [*command_of(family, study, preset, seed), f"--workdir={workdir}", *resume]
     began = time.perf_counter()
-    code, tail = _call([sys.executable, *words[1:]])
+    code, tail = _call([sys.executable, *words[1:]], processes, bars=bars)
     seconds = time.perf_counter() - began
     if code == 0:
         seconds = float(files.read_json(workdir / "summary.json")["seconds"]) if finished else seconds
@@ -158,27 +178,25 @@ def _run(family: str, study: Study, preset: str, seed: int, workdir: Path) -> Ou
     return Outcome(family, study, preset, seed, workdir, "failed", seconds, tail or f"exit code {code}")
 
 
-def _call(words: list[str]) -> tuple[int, str]:
-    """Runs a command, passes its progress bars on, and keeps the end of its standard error for the page."""
+def _call(words: list[str], processes: list, *, bars: bool) -> tuple[int, str]:
+    """Runs a command, adds its process to ``processes``, passes its progress bars on if asked, and keeps the end of its
+    standard error for the page."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     # One compilation cache for the whole tour, kept beside the user's other caches.
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "jaxrl-suite" / "xla"))
-    terminal = sys.stderr.isatty()
+    terminal = bars and sys.stderr.isatty()
     if terminal:  # rich draws into a pipe only when told that a terminal is behind it
         columns = os.get_terminal_size(2).columns or 100
         environment |= {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1", "COLUMNS": str(columns)}
     with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
+        processes.append(process)
         tail = b""
-        try:
-            while piece := os.read(process.stderr.fileno(), 4096):
-                tail = (tail + piece)[-8192:]
-                if terminal:
-                    sys.stderr.buffer.write(piece)
-                    sys.stderr.buffer.flush()
-        except KeyboardInterrupt:
-            process.terminate()
-            raise
+        while piece := os.read(process.stderr.fileno(), 4096):
+            tail = (tail + piece)[-8192:]
+            if terminal:
+                sys.stderr.buffer.write(piece)
+                sys.stderr.buffer.flush()
         code = process.wait()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", tail.decode(errors="replace")).replace("\r", "\n")
     return code, "\n".join(line for line in text.splitlines() if line.strip())

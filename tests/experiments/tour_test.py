@@ -49,9 +49,10 @@ def sample_tour(monkeypatch):
 
 @pytest.mark.subprocess
 def test_a_failed_study_is_shown_and_the_others_still_run(sample_tour, tmp_path, capsys):
-    assert tour.main(["--preset=smoke", f"--workdir={tmp_path / 'tour'}"]) == 1
+    assert tour.main(["--preset=smoke", "--jobs=2", f"--workdir={tmp_path / 'tour'}"]) == 1
     printed = capsys.readouterr().out
     assert "FloatingPointError: asked to fail" in printed and "finished" in printed
+    assert "[1/2] sample/broken failed in" in printed and "[2/2] sample/good done in" in printed
     text = (tmp_path / "tour" / "report.html").read_text()
     page = Page(text)
     assert not page.fetched and page.pictures >= 1
@@ -87,6 +88,7 @@ def test_selection(sample_tour):
     ("arguments", "message"),
     [
         (["--preset=huge"], "--preset=huge: broken has smoke, default."),
+        (["--jobs=0"], "--jobs=0: must be at least 1."),
         (["--only=nothing"], "no such family or study"),
         (["--workdir={folder}/file/tour"], "cannot be written"),
         (["--workdir={folder}/letters", "--resume"], "holds no tour to resume"),
