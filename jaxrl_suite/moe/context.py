@@ -37,10 +37,18 @@ def make_attend(config: MoEConfig, axes: tuple[str, ...]) -> Attend:
     """
     window = config.model.sliding_window
     if not axes:
-        return functools.partial(_unified_attend, window=window)
-    if config.context == "all_gather":
-        return functools.partial(all_gather_attend, axes=axes, window=window)
-    return functools.partial(ring_attend, axes=axes, zigzag=config.zigzag, window=window)
+        kernel: Attend = functools.partial(_unified_attend, window=window)
+    elif config.context == "all_gather":
+        kernel = functools.partial(all_gather_attend, axes=axes, window=window)
+    else:
+        kernel = functools.partial(ring_attend, axes=axes, zigzag=config.zigzag, window=window)
+
+    def attend(q: Array, k: Array, v: Array, positions: Array, segments: Array | None) -> Array:
+        # Named before they are cut up: each part of a ring would else keep queries of its own.
+        q, k, v = (checkpoint_name(part, "held") for part in (q, k, v))
+        return kernel(q, k, v, positions, segments)
+
+    return attend
 
 
 def _unified_attend(
@@ -75,7 +83,7 @@ def all_gather_attend(
     segments = jnp.ones_like(positions) if segments is None else segments
     q, k, v, positions, segments = unify(q, k, v, positions, segments)
     everyone = [jax.lax.all_gather(part, axes, axis=1, tiled=True) for part in (k, v, positions, segments)]
-    keys, values, key_positions, key_segments = everyone
+    keys, values, key_positions, key_segments = checkpoint_name(everyone, "held")
     return attention_with_normaliser(q, keys, values, positions, key_positions, segments, key_segments, window=window)[
         0
     ]

@@ -33,6 +33,8 @@ from jaxrl_suite.types import Array, FeedForward, Params
 
 Loss = Callable[[Array, "Batch"], Array]
 Gather = tuple[tuple[str, ...], int]
+# Of queries, keys and values "held" names those before they are laid out for a kernel.
+_SAVED = (*SAVED_NAMES, *(name for name in DENSE_NAMES if name not in ("query", "key", "value")))
 _HEAD_ROWS = 512  # rows of logits at once on a CPU: more leave the cache, fewer add the table's gradient up more often
 
 
@@ -250,7 +252,7 @@ def rematerialised(function: Callable[..., Any], policy: str) -> Callable[..., A
     keep: dict[str, Any] = {
         "full": policies.save_only_these_names(*exchanged),
         "full_with_dispatch": policies.nothing_saveable,
-        "elementwise": policies.save_only_these_names(*DENSE_NAMES, *SAVED_NAMES),
+        "elementwise": policies.save_only_these_names(*_SAVED),
         "attention": policies.save_anything_except_these_names("attention"),
     }
     if policy in ("none", "experts"):  # "experts" stands around the experts themselves, see make_experts
