@@ -117,13 +117,13 @@ def test_grouped_product_gradients_twice(block):
 
 @pytest.mark.parametrize("block", [8, 128])
 def test_block_swiglu_and_its_gradients_twice(block):
-    """Uneven experts, one of them without rows; with blocks of 8 an expert is walked in chunks of 16 blocks, then 1."""
+    """Uneven experts, one of them without rows; with blocks of 8 one is walked in 16 + 8 + 4 blocks, two in 1 + 1."""
     key = jax.random.key(0)
-    groups = jnp.where(jnp.arange(200) < 150, 2, jnp.arange(200) % 2 * 3).astype(jnp.int32)
+    groups = jnp.where(jnp.arange(240) < 220, 2, jnp.arange(240) % 2 * 3).astype(jnp.int32)
     groups = groups.at[7].set(4)  # a row of no expert
     sizes = {"gate": (4, 6, 5), "up": (4, 6, 5), "down": (4, 5, 6)}
     params = {name: jax.random.normal(jax.random.fold_in(key, i), s) / 4 for i, (name, s) in enumerate(sizes.items())}
-    rows = jax.random.normal(jax.random.fold_in(key, 3), (200, 6)) / 4
+    rows = jax.random.normal(jax.random.fold_in(key, 3), (240, 6)) / 4
     layout = align(groups, 4, block=block)
 
     def walked(rows, params):
@@ -138,6 +138,23 @@ def test_block_swiglu_and_its_gradients_twice(block):
 
     np.testing.assert_allclose(walked(rows, params), dense(rows, params), rtol=1e-5)
     assert_equal_twice(walked, dense, rows, params)
+
+
+def test_a_row_of_nan_stays_in_the_gradient_of_its_expert():
+    """Experts 0 and 2 have rows, 1 has none: what the walk summed for one expert never reaches another."""
+    groups = jnp.array([0, 0, 2, 2], jnp.int32)
+    layout = align(groups, 3, block=2)
+    params = {"gate": jnp.ones((3, 3, 2)), "up": jnp.ones((3, 3, 2)), "down": jnp.ones((3, 2, 3))}
+    rows = jnp.ones((4, 3)).at[0, 0].set(jnp.nan)
+
+    def total(params):
+        aligned = spread_rows(rows, layout.source, layout.slots)
+        return jnp.sum(block_swiglu(aligned, params, layout.expert, layout.live))
+
+    for name, gradient in jax.grad(total)(params).items():
+        assert np.isnan(gradient[0]).any(), name
+        assert np.all(np.asarray(gradient[1]) == 0), name
+        assert np.isfinite(gradient[2]).all() and np.any(np.asarray(gradient[2])), name
 
 
 def test_sort_by_group_is_stable_and_counts():
