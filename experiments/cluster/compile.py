@@ -121,7 +121,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--dispatch", default="drop_pad", help="how tokens reach experts (default drop_pad)")
     add("--capacity_factor", type=float, default=1.0, help="slots over the even share (default 1)")
     add("--sharding", default="zero1", help="none, zero1 or fsdp (default zero1)")
-    add("--remat", default="full", help="what the backward pass repeats (default full)")
+    add("--remat", default="full", help="what the backward pass repeats: full, elementwise, none, … (default full)")
     add("--schedule", default="1f1b", help="gpipe or 1f1b (default 1f1b)")
     add(
         "--pending", default="inputs", help="inputs or all: what 1F1B keeps of micro-batches that wait (default inputs)"

@@ -61,7 +61,9 @@ class MoEConfig(Config):
     zigzag: bool = field(True, help="context rank r owns chunks r and 2·CP-1-r of a sequence, to balance causal work")
     sharding: Literal["none", "zero1", "fsdp"] = field("none", help="what is split over the data ranks")
     remat: Remat = field(
-        "none", help="what the backward pass recomputes; under 1F1B full repeats exchanges, see pending"
+        "none",
+        help="what the backward pass recomputes; elementwise: no product and no exchange; full repeats exchanges under "
+        "1F1B, see pending",
     )
 
     def __post_init__(self) -> None:
