@@ -9,6 +9,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Self
 
+import jax
+import jax.numpy as jnp
+
 
 def field(default: Any, *, help: str) -> Any:
     """A dataclass field with a help text, which becomes the text of its command-line flag."""
@@ -22,6 +25,17 @@ def check(condition: bool, *, argument: str, value: Any, rule: str, remedy: str 
     """
     if not condition:
         raise ValueError(f"{argument}={value!r}: {rule}." + (f" {remedy}." if remedy else ""))
+
+
+def check_key(key: Any) -> None:
+    """Refuses what is no random key, such as a bare seed or another argument in its place.
+
+    >>> check_key(jax.random.key(0))
+    """
+    dtype = getattr(key, "dtype", None)
+    ok = dtype is not None and (jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32)
+    shown = key if isinstance(key, int | float) else type(key).__name__
+    check(ok, argument="key", value=shown, rule="must be a random key", remedy="Write jax.random.key(0)")
 
 
 def type_name(annotation: Any) -> str:

@@ -74,11 +74,11 @@ class EarlyGradient(NamedTuple):
     """A policy for a trainer that knows the slope of its loss before it knows the log-probabilities.
 
     Attributes:
-        generate: as of a ``Policy``, but returns the Generation and, where they can be used again and fit, the laws
-            that the tokens were drawn from; else None.
+        generate: as of a ``Policy``, with ``group=1``: rows come in runs of so many samples of one prompt. Returns the
+            Generation and, where they can be used again and fit, the laws that the tokens were drawn from; else None.
         weighted_log_probs: ``weighted_log_probs(params, tokens [B, T], segments, weights [B, T - start], *, start,
-            laws=None) -> (sum(weights * log_probs), log_probs [B, T - start])``, the gradient of the sum computed on
-            the way. ``laws`` must be those of the same parameters.
+            laws=None, group=1) -> (sum(weights * log_probs), log_probs [B, T - start])``, the gradient of the sum
+            computed on the way. ``laws`` must be those of the same parameters; rows of a group agree before ``start``.
     """
 
     generate: Callable[..., tuple[Generation, Any]]

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import check
+from jaxrl_suite.config import check, check_key
 from jaxrl_suite.coupling.games import step_code, update_belief
 from jaxrl_suite.coupling.sparse import check_names, check_rate
 from jaxrl_suite.distributions import categorical, entropy
@@ -108,6 +108,7 @@ def play_factored(
     Raises:
         ValueError: sizes that do not fit, a value out of range, or a negative rate.
     """
+    check_key(key)
     check(blocks.ndim == 2, argument="blocks", value=blocks.shape, rule="must have two axes, [E, W]")
     check(num_values > 1, argument="num_values", value=num_values, rule="must be at least 2")
     check_names("blocks", blocks, num_values)

@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import check
+from jaxrl_suite.config import check, check_key
 from jaxrl_suite.coupling.ebim import code_at_rate
 from jaxrl_suite.coupling.greedy import greedy_coupling
 from jaxrl_suite.coupling.grouped_beliefs import (
@@ -195,6 +195,7 @@ def play(
     Raises:
         ValueError: sizes that do not fit, a message out of range, a negative rate, an unknown encoder.
     """
+    check_key(key)
     check(encoder in _ENCODERS, argument="encoder", value=encoder, rule=f"must be one of {', '.join(_ENCODERS)}")
     check(num_messages > 0, argument="num_messages", value=num_messages, rule="must be positive")
     check(horizon > 0, argument="horizon", value=horizon, rule="must be positive")

@@ -296,6 +296,6 @@ def _backward_one(plan: _Plan, arrays: tuple[Array, ...], places: _Places) -> tu
     if len(pairs[0]) == 1:
         dq, dk, dv = (x[None] for x in gradients(0, 0))
     else:
-        zeros = lambda x: vary_like(jnp.zeros(x.shape, dtype), q, k, v, g, *places)  # noqa: E731
-        (dq, dk, dv), _ = jax.lax.scan(step, (zeros(q), zeros(k), zeros(v)), pairs)
+        dq, dk, dv = (vary_like(jnp.zeros(x.shape, dtype), q, k, v, g, *places) for x in (q, k, v))
+        (dq, dk, dv), _ = jax.lax.scan(step, (dq, dk, dv), pairs)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_suite.config import check_key
 from jaxrl_suite.distributions import Mass
 from jaxrl_suite.lm.cache import DecodeParams, decode_params, decoder_law
 from jaxrl_suite.lm.config import LanguageModelConfig
@@ -155,6 +156,7 @@ def _checked(
     group: int = 1,
 ) -> tuple[Generation, Mass | None]:
     config = model.config
+    check_key(key)
     check_prompts(prompts, mask, row_ids, config.vocab_size, group)
     if unrolled is None:
         unrolled = isinstance(params, DecodeParams) or (jax.default_backend() == "cpu" and config.num_layers <= 64)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxrl_suite.config import check_key
 from jaxrl_suite.lm.config import LanguageModelConfig
 from jaxrl_suite.types import Array, Params, PRNGKey
 
@@ -89,6 +90,7 @@ def init_params(key: PRNGKey, config: LanguageModelConfig) -> Params:
     Returns:
         Nested dict with the paths and shapes of :func:`parameter_shapes`.
     """
+    check_key(key)
     return unflatten(
         {
             path: _init(jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF), path, shape, config)

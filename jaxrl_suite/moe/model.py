@@ -279,6 +279,7 @@ def summed_loss(params: Params, x: Array, batch: Batch, loss: Loss, *, config: M
         return loss(token_log_probs(params, x, batch.targets, config=config, layout=layout), batch)
     h = final_norm(params, x, config=config.model).reshape(-1, x.shape[-1])
     weights = -batch.mask.reshape(-1).astype(accumulate)
+    h = jnp.where(weights[:, None] == 0, 0, h)  # a NaN at a token that does not count is skipped, as elsewhere
     h, table, targets, weights = vary((h, head_table(params), batch.targets.reshape(-1), weights), layout.mesh)
     chunk = chunk_rows(h.shape[0], 1, _HEAD_ROWS) if jax.default_backend() == "cpu" else None
     return weighted_log_prob(h, table, targets, weights, chunk=chunk)

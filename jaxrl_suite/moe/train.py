@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxrl_suite.config import check_key
 from jaxrl_suite.lm import flatten, init_params, unflatten
 from jaxrl_suite.moe.balancing import load_imbalance, update_balance_bias
 from jaxrl_suite.moe.config import HParams, MoEConfig, check_folding
@@ -62,6 +63,7 @@ def init_train_state(key: PRNGKey, config: MoEConfig, folding: Folding) -> Train
     Raises:
         ValueError: the model cannot be laid out on the folding, or there are too few devices.
     """
+    check_key(key)
     check_folding(config, folding)
     shardings = stored_shardings(config, folding)
     params = jax.jit(lambda k: init_params(k, config.model), out_shardings=shardings)(key)

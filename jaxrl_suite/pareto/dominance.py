@@ -110,7 +110,7 @@ def archive_insert(archive: Archive, point: Array, *, label: Array | int = 0) ->
         that holds NaN leaves the archive as it is, and the gain is NaN.
 
     Raises:
-        ValueError: the point holds NaN (where values are known: not inside jit).
+        ValueError: the point is not as long as the reference, or holds NaN (where values are known: not inside jit).
 
     References:
         Lu et al. (2025), arXiv 2509.11452, the buffer of hypervolume guidance; Knowles et al. (2003) for eviction by
@@ -123,6 +123,8 @@ def archive_insert(archive: Archive, point: Array, *, label: Array | int = 0) ->
     (6.0, False)
     """
     point = jnp.asarray(point, archive.points.dtype)
+    shape = archive.reference.shape
+    check(point.shape == shape, argument="point", value=point.shape, rule=f"must have shape {shape}, as the reference")
     check_known("point", point)
     return _insert(archive, point, label)
 

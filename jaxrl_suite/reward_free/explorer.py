@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_suite.config import check
+from jaxrl_suite.config import check, check_key
 from jaxrl_suite.mdp import LinearMixtureMDP, check_kernel
 from jaxrl_suite.reward_free.baselines import (
     CountState,
@@ -76,6 +76,7 @@ def explore(
         Zhang, Zhang, Gu, 2023, arXiv 2303.10165 (HF-UCRL-RFE++); Zhang, Zhou, Gu, 2021, arXiv 2110.06394 (UCRL-RFE and
         UCRL-RFE+); Zhou, Gu, 2022, arXiv 2205.11507 (HF-UCRL-VTR+); Kaufmann et al., 2021, arXiv 2006.06294 (RF-UCRL).
     """
+    check_key(key)
     hparams = HParams() if hparams is None else hparams
     _check_reward(mdp, config, reward)
     _check_hparams(hparams)

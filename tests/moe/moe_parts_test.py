@@ -11,7 +11,7 @@ from jaxrl_suite.moe.audit import audit, parse_groups, summarize
 from jaxrl_suite.moe.context import all_gather_attend, ring_attend
 from jaxrl_suite.moe.fp8 import E4M3_EPSILON, dequantize, fp8_matmul, quantize, round_rows, round_tiles
 from jaxrl_suite.moe.layer import zigzag_order
-from jaxrl_suite.moe.model import order_for_context
+from jaxrl_suite.moe.model import make_layout, order_for_context, summed_loss
 from jaxrl_suite.moe.pipeline import circular_layers, num_ticks
 from jaxrl_suite.moe.train import loss_and_gradients
 from jaxrl_suite.moe.upcycling import copy_factor, upcycle, upcycled_config
@@ -154,6 +154,21 @@ def test_known_slope_of_the_loss_gives_the_gradients_of_any_other_loss(monkeypat
     np.testing.assert_allclose(parts.loss, others.loss, rtol=1e-6)
     for ours, theirs in zip(jax.tree.leaves(known), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6 * float(jnp.max(jnp.abs(theirs))))
+
+
+@pytest.mark.parametrize("loss", [moe.next_token_loss, lambda log_probs, batch: moe.next_token_loss(log_probs, batch)])
+def test_activations_of_nan_where_nothing_counts_leave_the_loss_alone(loss):
+    model = lm.LanguageModelConfig(vocab_size=12, width=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4)
+    config = moe.MoEConfig(model=model.replace(num_experts=2, expert_width=8))
+    layout = make_layout(config, moe.Folding())._replace(mesh=())
+    batch = moe.language_batch(jnp.array([[5, 6, 7, 8, 9]]), jnp.array([[1, 1, 1, 0, 0]]))
+    x = jax.random.normal(jax.random.key(0), (1, 4, 8))
+    params = lm.init_params(jax.random.key(1), model)
+
+    def total(x):
+        return summed_loss(params, x, batch, loss, config=config, layout=layout)
+
+    np.testing.assert_array_equal(total(x.at[0, 3].set(jnp.nan)), total(x))
 
 
 def test_pipeline_ticks_and_circular_order():

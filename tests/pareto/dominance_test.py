@@ -32,6 +32,8 @@ def test_a_point_with_nan_is_an_error_or_a_gain_of_nan_and_never_enters():
     archive, *_ = insert(init_archive(2, jnp.zeros(2)), jnp.array([1.0, 2.0]), 0)
     with pytest.raises(ValueError, match=r"point=.*must not be NaN"):
         archive_insert(archive, jnp.array([3.0, jnp.nan]))
+    with pytest.raises(ValueError, match=r"point=\(3,\): must have shape \(2,\)"):
+        archive_insert(archive, jnp.ones(3))
     same, gain, overflow = insert(archive, jnp.array([3.0, jnp.nan]), 1)
     assert np.isnan(gain) and not bool(overflow)
     jax.tree.map(np.testing.assert_array_equal, same, archive)
