@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from jaxrl_suite.lm import LanguageModelConfig
 from jaxrl_suite.moe.config import MoEConfig
 from jaxrl_suite.moe.cost_fit import PAPER_CONSTANTS
+from jaxrl_suite.moe.cost_memory import FRAMEWORK, MemoryModel
 from jaxrl_suite.moe.cost_model import RECOMPUTE, Workload
 from jaxrl_suite.moe.cost_time import Constants
 from jaxrl_suite.moe.hardware import Hardware
@@ -45,6 +46,7 @@ def confirm(
     *,
     hardware: Hardware | None = None,
     constants: Constants = PAPER_CONSTANTS,
+    memory_model: MemoryModel = FRAMEWORK,
 ) -> Iterator[Confirmed]:
     """Compiles candidates, fastest first, until ``wanted`` of them fit, at most three times as many.
 
@@ -58,6 +60,7 @@ def confirm(
         compile_candidate: ``compile_candidate(candidate) -> (bytes of a device, seconds)``.
         hardware: the machine.
         constants: what the machine reaches, for the time of a candidate that comes back.
+        memory_model: whose memory ``ranked`` was planned by.
 
     Yields:
         What was compiled, in order, whether or not it fits.
@@ -84,7 +87,9 @@ def confirm(
         level = _next_level(candidate.workload.recompute)
         if level:
             step = candidate.workload.replace(recompute=level)
-            again = predict(model, candidate.folding, step, hardware=hardware, constants=constants)
+            again = predict(
+                model, candidate.folding, step, hardware=hardware, constants=constants, memory_model=memory_model
+            )
             heapq.heappush(queue, (float(again.seconds.total), next(order), again))
 
 

@@ -14,7 +14,9 @@ from experiments.cluster.models import MODELS, find_model
 from experiments.cluster.plan_report import as_json, print_confirmed, print_launch, print_report
 from jaxrl_suite.lm import LanguageModelConfig
 from jaxrl_suite.moe.cost_fit import PAPER_CONSTANTS, Fit
+from jaxrl_suite.moe.cost_memory import FRAMEWORK
 from jaxrl_suite.moe.cost_model import RECOMPUTE, Workload
+from jaxrl_suite.moe.cost_step import TRAIN_STEP
 from jaxrl_suite.moe.cost_time import Constants
 from jaxrl_suite.moe.folding import Folding
 from jaxrl_suite.moe.hardware import Hardware, named_hardware
@@ -92,7 +94,13 @@ def _confirm(
         if not options.json:
             print("\nCompiled for H100s (the real train step, capacity factor 1):")
         for item in confirm(
-            model, found.fitting, options.confirm, compile_candidate, hardware=hardware, constants=constants
+            model,
+            found.fitting,
+            options.confirm,
+            compile_candidate,
+            hardware=hardware,
+            constants=constants,
+            memory_model=found.memory_model,
         ):
             confirmed.append(item)
             if not options.json:
@@ -140,6 +148,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="the paper's program: routing weights multiply the output of experts, which is then kept",
     )
+    parser.add_argument(
+        "--train_step",
+        action="store_true",
+        help="by the memory of this package's train step, not of the paper's framework (recompute: activation or full)",
+    )
     parser.add_argument("--folding", help="also predict this one and compare it with the best")
     parser.add_argument("--top", type=int, default=5, help="rows to show and explain (default 5)")
     parser.add_argument("--csv", help="measured rows to refit the constants to")
@@ -177,8 +190,17 @@ def _plan(
     hardware: Hardware,
     constants: Constants,
 ) -> Plan:
-    settings = {"hardware": hardware, "constants": constants, "recompute": options.recompute}
+    memory_model = TRAIN_STEP if options.train_step else FRAMEWORK
+    settings = {
+        "hardware": hardware,
+        "constants": constants,
+        "recompute": options.recompute,
+        "memory_model": memory_model,
+    }
     settings["shardings"] = ("zero1", "fsdp") if options.sharding == "any" else (options.sharding,)
+    if options.recompute not in ("auto", *memory_model.levels):
+        levels = ", ".join(memory_model.levels)
+        raise ValueError(f"--recompute={options.recompute}: the memory of the train step is known for {levels} only.")
     if options.top < 1:
         raise ValueError(f"--top={options.top}: must be at least 1.")
     try:
@@ -190,7 +212,12 @@ def _plan(
     if not found.fitting:
         least = found.candidates[0]
         enough = smallest_fitting_count(
-            model, options.gpus, workload, hardware=hardware, shardings=settings["shardings"]
+            model,
+            options.gpus,
+            workload,
+            hardware=hardware,
+            shardings=settings["shardings"],
+            memory_model=memory_model,
         )
         remedy = f"{enough} devices hold it" if enough else "a smaller batch, sequence or model is needed"
         over = (least.memory.total - hardware.memory_bytes) / 1e9
@@ -213,7 +240,12 @@ def _asked(
     """The folding that the user named: as the plan chose its recomputation, or as it is without."""
     folding = Folding.parse(options.folding, options.gpus)
     same = [candidate for candidate in found.candidates if candidate.folding == folding]
-    return same[0] if same else predict(model, folding, workload, hardware=hardware, constants=constants)
+    step = workload.replace(recompute=found.memory_model.levels[0])
+    return (
+        same[0]
+        if same
+        else predict(model, folding, step, hardware=hardware, constants=constants, memory_model=found.memory_model)
+    )
 
 
 def _fail(message: str) -> NoReturn:

@@ -11,6 +11,7 @@ from experiments.cluster.models import MODELS
 from experiments.cluster.paper_tables import all_rows
 from jaxrl_suite.lm import LanguageModelConfig
 from jaxrl_suite.moe.cost_fit import Fit
+from jaxrl_suite.moe.cost_memory import MemoryModel
 from jaxrl_suite.moe.cost_time import Constants
 from jaxrl_suite.moe.cost_traffic import step_traffic
 from jaxrl_suite.moe.hardware import Hardware
@@ -36,8 +37,8 @@ def as_json(
         "num_usable": len(found.candidates),
         "num_fitting": len(found.fitting),
         "rejected": found.rejected,
-        "candidates": [_candidate_json(name, c, hardware, constants) for c in found.fitting[:top]],
-        "asked": _candidate_json(name, asked, hardware, constants) if asked else None,
+        "candidates": [_candidate_json(name, c, hardware, constants, found.memory_model) for c in found.fitting[:top]],
+        "asked": _candidate_json(name, asked, hardware, constants, found.memory_model) if asked else None,
         "confirmed": [
             {
                 "folding": str(item.candidate.folding),
@@ -51,7 +52,9 @@ def as_json(
     }
 
 
-def _candidate_json(name: str, candidate: Candidate, hardware: Hardware, constants: Constants) -> dict[str, Any]:
+def _candidate_json(
+    name: str, candidate: Candidate, hardware: Hardware, constants: Constants, memory_model: MemoryModel
+) -> dict[str, Any]:
     moved = step_traffic(candidate.counts.traffic, candidate.folding, candidate.workload)
     return {
         "folding": str(candidate.folding),
@@ -64,13 +67,20 @@ def _candidate_json(name: str, candidate: Candidate, hardware: Hardware, constan
         "memory_bytes": {**candidate.memory._asdict(), "total": candidate.memory.total},
         "traffic_bytes": {kind: link._asdict() for kind, link in moved.items()},
         "groups_leaving_node": candidate.folding.leaving_node(hardware.node_size),
-        "explanation": [*explain(MODELS[name], candidate, hardware), *_gain(name, candidate, hardware, constants)],
+        "explanation": _words(MODELS[name], candidate, hardware, constants, memory_model),
     }
 
 
-def _gain(name: str, candidate: Candidate, hardware: Hardware, constants: Constants) -> list[str]:
-    gain = folding_gain(MODELS[name], candidate, hardware, constants)
-    return [gain] if gain else []
+def _words(
+    model: LanguageModelConfig,
+    candidate: Candidate,
+    hardware: Hardware,
+    constants: Constants,
+    memory_model: MemoryModel,
+) -> list[str]:
+    """What bounds a candidate, and what it would be without folding."""
+    gain = folding_gain(model, candidate, hardware, constants, memory_model)
+    return [*explain(model, candidate, hardware, memory_model), *([gain] if gain else [])]
 
 
 def print_report(
@@ -99,7 +109,7 @@ def print_report(
     for rank, candidate in zip(ranks, shown):
         title = f"{rank}. {candidate.folding}" if rank != "-" else f"Does not fit: {candidate.folding}"
         print(f"\n{title}")
-        for line in [*explain(model, candidate, hardware), *_gain(options.model, candidate, hardware, constants)]:
+        for line in _words(model, candidate, hardware, constants, found.memory_model):
             print(f"   {line}")
     if asked is not None and asked.fits:
         slower = asked.seconds.total / fitting[0].seconds.total - 1

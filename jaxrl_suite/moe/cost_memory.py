@@ -18,10 +18,18 @@ References:
     Rajbhandari et al. (2020), ZeRO, arXiv:1910.02054 (what is split).
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from jaxrl_suite.lm import LanguageModelConfig
-from jaxrl_suite.moe.cost_model import Workload, num_microbatches, parameter_counts, tokens_per_device
+from jaxrl_suite.moe.cost_model import (
+    RECOMPUTE,
+    Recompute,
+    Workload,
+    num_microbatches,
+    parameter_counts,
+    tokens_per_device,
+)
 from jaxrl_suite.moe.folding import Folding
 
 Number = Any
@@ -133,6 +141,21 @@ def device_memory(
         for end in ends
     ]
     return max(stages, key=lambda held: float(held.total))
+
+
+class MemoryModel(NamedTuple):
+    """Whose memory a plan goes by.
+
+    Attributes:
+        of: ``of(model, folding, workload) -> Memory`` of the fullest device.
+        levels: levels of recomputation that it knows, the least first.
+    """
+
+    of: Callable[[LanguageModelConfig, Folding, Workload], Memory]
+    levels: Sequence[Recompute]
+
+
+FRAMEWORK = MemoryModel(device_memory, RECOMPUTE)
 
 
 def memory_counts(

@@ -8,7 +8,7 @@ resident.
 
 from jaxrl_suite.config import check
 from jaxrl_suite.lm import LanguageModelConfig
-from jaxrl_suite.moe.cost_memory import Memory, layer_activations
+from jaxrl_suite.moe.cost_memory import Memory, MemoryModel, layer_activations
 from jaxrl_suite.moe.cost_model import Workload, parameter_counts, tokens_per_device
 from jaxrl_suite.moe.folding import Folding
 
@@ -66,6 +66,9 @@ def step_memory(model: LanguageModelConfig, folding: Folding, workload: Workload
         working=working if working >= logits else 0.0,
         overhead=0.0,
     )
+
+
+TRAIN_STEP = MemoryModel(step_memory, ("activation", "full"))
 
 
 def _kept(model: LanguageModelConfig, folding: Folding, workload: Workload) -> float:

@@ -21,8 +21,8 @@ import numpy as np
 from jaxrl_suite.config import check
 from jaxrl_suite.lm import LanguageModelConfig
 from jaxrl_suite.moe.cost_fit import PAPER_CONSTANTS
-from jaxrl_suite.moe.cost_memory import Memory, MemoryConstants, device_memory
-from jaxrl_suite.moe.cost_model import RECOMPUTE, Recompute, Workload
+from jaxrl_suite.moe.cost_memory import FRAMEWORK, Memory, MemoryModel
+from jaxrl_suite.moe.cost_model import Recompute, Workload
 from jaxrl_suite.moe.cost_time import (
     Constants,
     Counts,
@@ -68,11 +68,13 @@ class Plan(NamedTuple):
         candidates: those that fit, fastest first, then those that do not, least memory first.
         num_enumerated: foldings of this number of devices.
         rejected: rule -> foldings that broke it (the first rule that a folding breaks counts).
+        memory_model: whose memory it was.
     """
 
     candidates: list[Candidate]
     num_enumerated: int
     rejected: dict[str, int]
+    memory_model: MemoryModel = FRAMEWORK
 
     @property
     def fitting(self) -> list[Candidate]:
@@ -87,7 +89,7 @@ def plan(
     *,
     hardware: Hardware | None = None,
     constants: Constants = PAPER_CONSTANTS,
-    memory_constants: MemoryConstants | None = None,
+    memory_model: MemoryModel = FRAMEWORK,
     recompute: Recompute | Literal["auto"] = "auto",
     shardings: Sequence[Sharding] = ("zero1", "fsdp"),
 ) -> Plan:
@@ -99,7 +101,7 @@ def plan(
         workload: sequence, batch, micro-batch; its sharding and recompute are replaced by what is chosen here.
         hardware: the machine; the paper's by default.
         constants: what the machine reaches.
-        memory_constants: bytes of each kind of state.
+        memory_model: whose memory: ``cost_memory.FRAMEWORK``, the paper's, or ``cost_step.TRAIN_STEP``, this package's.
         recompute: a level for all, or "auto": for each folding the cheapest level that fits.
         shardings: what may be split over data ranks; "fsdp" is considered without a pipeline only.
 
@@ -122,16 +124,16 @@ def plan(
             usable.append(folding)
     if not usable:
         raise ValueError(_no_folding(model, num_devices, workload, rejected))
-    levels: Sequence[Recompute] = RECOMPUTE if recompute == "auto" else (recompute,)
+    levels: Sequence[Recompute] = memory_model.levels if recompute == "auto" else (recompute,)
     chosen = [
-        (folding, *_cheapest(model, folding, workload.replace(sharding=sharding), levels, hardware, memory_constants))
+        (folding, *_cheapest(model, folding, workload.replace(sharding=sharding), levels, hardware, memory_model))
         for folding in usable
         for sharding in shardings
         if sharding == "zero1" or (folding.pp == 1 and folding.dp * folding.cp > 1)
     ]
     candidates = _predict(model, chosen, hardware, constants)
     candidates.sort(key=lambda c: (not c.fits, float(c.seconds.total) if c.fits else float(c.memory.total)))
-    return Plan(candidates, len(everything), dict(rejected))
+    return Plan(candidates, len(everything), dict(rejected), memory_model)
 
 
 def predict(
@@ -141,7 +143,7 @@ def predict(
     *,
     hardware: Hardware | None = None,
     constants: Constants = PAPER_CONSTANTS,
-    memory_constants: MemoryConstants | None = None,
+    memory_model: MemoryModel = FRAMEWORK,
 ) -> Candidate:
     """What is predicted of one folding with a workload taken as it is.
 
@@ -151,7 +153,7 @@ def predict(
     problem = first_problem(model, folding, workload)
     check(not problem, argument="folding", value=str(folding), rule=f"breaks the rule: {problem}")
     hardware = Hardware() if hardware is None else hardware
-    held = device_memory(model, folding, workload, memory_constants)
+    held = memory_model.of(model, folding, workload)
     return _predict(model, [(folding, workload, held)], hardware, constants)[0]
 
 
@@ -206,6 +208,7 @@ def smallest_fitting_count(
     *,
     hardware: Hardware | None = None,
     shardings: Sequence[Sharding] = ("zero1", "fsdp"),
+    memory_model: MemoryModel = FRAMEWORK,
 ) -> int | None:
     """The first doubling of a number of devices at which some folding fits, with everything recomputed if need be."""
     limit = (Hardware() if hardware is None else hardware).memory_bytes
@@ -217,7 +220,7 @@ def smallest_fitting_count(
                 continue
             for step in steps:
                 allowed = step.sharding == "zero1" or folding.pp == 1
-                if allowed and device_memory(model, folding, step).total <= limit:
+                if allowed and memory_model.of(model, folding, step).total <= limit:
                     return number
         number *= 2
     return None
@@ -256,13 +259,13 @@ def _cheapest(
     workload: Workload,
     levels: Sequence[Recompute],
     hardware: Hardware,
-    constants: MemoryConstants | None,
+    memory_model: MemoryModel,
 ) -> tuple[Workload, Memory]:
     """The first level of recomputation that fits, or the last one."""
     trial, held = workload, None
     for level in levels:
         trial = workload.replace(recompute=level)
-        held = device_memory(model, folding, trial, constants)
+        held = memory_model.of(model, folding, trial)
         if held.total <= hardware.memory_bytes:
             break
     assert held is not None

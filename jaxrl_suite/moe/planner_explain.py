@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from jaxrl_suite.lm import LanguageModelConfig
 from jaxrl_suite.moe.cost_fit import PAPER_CONSTANTS
-from jaxrl_suite.moe.cost_memory import MemoryConstants, device_memory
-from jaxrl_suite.moe.cost_model import RECOMPUTE, Workload
+from jaxrl_suite.moe.cost_memory import FRAMEWORK, MemoryModel
+from jaxrl_suite.moe.cost_model import Workload
 from jaxrl_suite.moe.cost_time import Constants
 from jaxrl_suite.moe.cost_traffic import degree_of, local_peers, step_traffic, stride_of
 from jaxrl_suite.moe.folding import Folding
@@ -83,13 +83,19 @@ def group_sentence(folding: Folding, kind: str, node_size: int = 8) -> str:
     return f"{kind}{degree}: {place}, {many} groups leave the node ({together})"
 
 
-def explain(model: LanguageModelConfig, candidate: Candidate, hardware: Hardware | None = None) -> list[str]:
+def explain(
+    model: LanguageModelConfig,
+    candidate: Candidate,
+    hardware: Hardware | None = None,
+    memory_model: MemoryModel = FRAMEWORK,
+) -> list[str]:
     """What bounds a candidate, as sentences.
 
     Args:
         model: shapes.
         candidate: what was predicted.
         hardware: the machine; the paper's by default.
+        memory_model: whose memory, for what would make it fit.
     """
     hardware = Hardware() if hardware is None else hardware
     folding, parts = candidate.folding, shares(candidate)
@@ -109,7 +115,7 @@ def explain(model: LanguageModelConfig, candidate: Candidate, hardware: Hardware
     if advice:
         lines.append("To go faster: " + "; ".join(advice) + ".")
     if not candidate.fits:
-        lines.append(_remedy_sentence(remedies(model, candidate, hardware)))
+        lines.append(_remedy_sentence(remedies(model, candidate, hardware, memory_model)))
     return lines
 
 
@@ -118,12 +124,13 @@ def folding_gain(
     candidate: Candidate,
     hardware: Hardware | None = None,
     constants: Constants = PAPER_CONSTANTS,
+    memory_model: MemoryModel = FRAMEWORK,
 ) -> str:
     """What the same mapping without folding would cost, in a sentence; empty if it does not exist."""
     plain = unfolded(candidate.folding)
     if plain is None or plain == candidate.folding or first_problem(model, plain, candidate.workload):
         return ""
-    other = predict(model, plain, candidate.workload, hardware=hardware, constants=constants)
+    other = predict(model, plain, candidate.workload, hardware=hardware, constants=constants, memory_model=memory_model)
     gain = other.seconds.total / candidate.seconds.total - 1
     return f"Unfolded (ETP = TP): {other.seconds.total:.2f} s a step, {gain:+.0%}; {other.memory.total / 1e9:.0f} GB."
 
@@ -132,7 +139,7 @@ def remedies(
     model: LanguageModelConfig,
     candidate: Candidate,
     hardware: Hardware | None = None,
-    constants: MemoryConstants | None = None,
+    memory_model: MemoryModel = FRAMEWORK,
 ) -> list[Remedy]:
     """Single changes that lower the memory of a candidate, the most helpful first.
 
@@ -142,7 +149,7 @@ def remedies(
     folding, workload = candidate.folding, candidate.workload
     trials: list[tuple[str, Folding | None, Workload]] = [
         (f"recompute={level}", folding, workload.replace(recompute=level))
-        for level in RECOMPUTE[RECOMPUTE.index(workload.recompute) + 1 :]
+        for level in memory_model.levels[memory_model.levels.index(workload.recompute) + 1 :]
     ]
     trials += [
         (f"{kind.upper()}={2 * degree_of(folding, kind)}", _doubled(folding, kind), workload) for kind in _DOUBLED
@@ -153,7 +160,7 @@ def remedies(
     for change, other, step in trials:
         if other is None or first_problem(model, other, step):
             continue
-        held = device_memory(model, other, step, constants).total
+        held = memory_model.of(model, other, step).total
         saved = candidate.memory.total - held
         if saved > 0:
             found.append(Remedy(change, float(saved), bool(held <= hardware.memory_bytes)))
