@@ -47,9 +47,10 @@ def _joined(x: Array, number: int) -> Array:
 
 
 def _product(a: Array, b: Array, contracted: tuple[int, int], dtype: Any) -> Array:
-    return jax.lax.dot_general(
-        a, b.astype(a.dtype), (((contracted[0],), (contracted[1],)), ((), ())), preferred_element_type=dtype
-    )
+    b = b.astype(a.dtype)
+    if jax.default_backend() == "cpu":  # XLA has no narrow products there, widens them itself, and forgets to in places
+        a, b = a.astype(dtype), b.astype(dtype)
+    return jax.lax.dot_general(a, b, (((contracted[0],), (contracted[1],)), ((), ())), preferred_element_type=dtype)
 
 
 def _mass(logits: Array) -> Mass:

@@ -117,3 +117,20 @@ def test_gradient_in_float16_is_scaled_before_it_is_rounded():
     tokens, weights = jnp.zeros(20_000, jnp.int32), jnp.ones(20_000)
     gradient = jax.jit(jax.grad(lambda t: lm.weighted_log_prob(h, t, tokens, weights, chunk=5_000) / 20_000))(table)
     np.testing.assert_allclose(gradient, [[4.0, 4.0], [-4.0, -4.0]], rtol=1e-3)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_gradient_on_the_way_in_bfloat16(key, chunk):
+    """With one chunk XLA's CPU compiler left narrow products that it cannot run: whole values are read here."""
+    h, table = (jax.random.normal(jax.random.fold_in(key, n), (n, 6)).astype(jnp.bfloat16) for n in (11, 17))
+    tokens, weights = jax.random.randint(key, (11,), 0, 17), jax.random.uniform(key, (11,))
+
+    def graded(h, table):
+        early = jax.value_and_grad(lambda *a: lm.weighted_log_prob(*a, tokens, weights, chunk=chunk), argnums=(0, 1))
+        return jax.tree.map(np.asarray, jax.jit(early)(h, table))
+
+    value, gradients = graded(h, table)
+    expected, others = graded(h.astype(jnp.float32), table.astype(jnp.float32))
+    np.testing.assert_allclose(value, expected, rtol=1e-2)
+    for ours, theirs in zip(gradients, others, strict=True):
+        np.testing.assert_allclose(ours.astype(np.float32), theirs, atol=3e-2 * np.abs(theirs).max())
