@@ -57,14 +57,14 @@ def scaling(arrays: Arrays) -> "Figure":
 
 
 def context(arrays: Arrays, predicted: Mapping[str, Sequence[tuple[int, float]]]) -> "Figure":
-    """Context scaling of Mixtral 8x22B: published as markers, predicted as lines."""
-    figure, axes = plots.new_figure(6.8, 4.4, title="Mixtral 8x22B, tokens of a batch constant")
+    """Context scaling: published as markers, predicted as lines, and the best mapping found where it was searched."""
+    figure, axes = plots.new_figure(6.8, 4.4, title="Longer sequences, tokens of a batch constant")
     for index, (method, points) in enumerate(predicted.items()):
-        style = plots.series_style(index)
+        style, label = plots.series_style(index), f"Mixtral 8x22B, {method}"
         x, y = np.array(points).T
-        axes.plot(x / 1024, 100 * y, color=style["color"], linestyle=style["linestyle"], label=f"{method}, predicted")
+        axes.plot(x / 1024, 100 * y, color=style["color"], linestyle=style["linestyle"], label=f"{label}, predicted")
         rows = (arrays["table"] == 5) & (arrays["method"] == method)
-        shown = {**style, "linestyle": "", "label": f"{method}, published"}
+        shown = {**style, "linestyle": "", "label": f"{label}, published"}
         axes.plot(arrays["sequence"][rows] / 1024, 100 * arrays["measured"][rows], **shown)
     for model, label in enumerate(("Mixtral 8x22B", "Qwen2-57B-A14B")):
         if "context_best" in arrays:
@@ -95,7 +95,7 @@ def memory(arrays: Arrays, limit: float) -> "Figure":
     axes.axvline(limit / 1e9, color="#000000", linewidth=1.2, linestyle="--")
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlabel="GB (1e9 bytes); in brackets what is recomputed", xlim=(0, 1.2 * left.max()))
+    axes.set(xlabel="GB (1e9 bytes); in brackets what is recomputed", xlim=(0, 1.35 * left.max()))
     axes.legend(frameon=False, fontsize=9, loc="lower right")
     return figure
 

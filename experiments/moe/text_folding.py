@@ -112,9 +112,10 @@ def figures(result: Result) -> "dict[str, Figure]":
     top.set_ylabel("loss (bits per byte)")
     top.legend(fontsize=9, frameon=False)
     bottom.axhline(np.finfo(np.float32).eps, color=colours[6], linewidth=1, linestyle=":")
-    bottom.annotate("float32 rounding", (steps[-1], np.finfo(np.float32).eps), ha="right", va="bottom", fontsize=9)
     bottom.axhline(1e-4, color=colours[1], linewidth=1, linestyle="--")
-    bottom.annotate("bound 1e-4", (steps[-1], 1e-4), ha="right", va="bottom", fontsize=9)
+    # Beside the axes, where no curve runs.
+    for height, words in ((np.finfo(np.float32).eps, "float32\nrounding"), (1e-4, "bound")):
+        bottom.text(1.01, height, words, transform=bottom.get_yaxis_transform(), va="center", fontsize=9)
     bottom.set_yscale("log")
     bottom.set_ylim(5e-10, 1e-3)
     bottom.set_xlabel("optimizer step")
