@@ -33,7 +33,7 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
     stage, each time sends
 
         TP   (TP-1)/TP A (l (F + G + 1) + 2) gathered, A (l (F + R + 1) + 1) scattered, and F embeddings in float32
-        CP   (CP-1) (F + R + 1) l times the keys and values of a rank
+        CP   (CP-1) (F + R + 1) l times the keys and values of a rank, and (F + R) l times its positions and segments
         EP   (EP-1)/EP 2 (F + X + 1) l E C D, exchanges are repeated X times: R where inputs of layers are all that is
              kept, else 0
         ETP  (ETP-1) (F + X + 1) l E C D gathered and as much scattered
@@ -71,7 +71,8 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
     add("all-gather", "tp", ticks * tensor * wide * (splits * gathers + 2))
     add("reduce-scatter", "tp", ticks * tensor * (wide * (splits * passes + 1) + 4 * forward))
     keys = tokens * max(1, model.num_kv_heads // folding.tp) * model.head_dim
-    add("collective-permute", "cp", ticks * passes * (folding.cp - 1) * 2 * keys * wide)
+    places = layers * (forward + again) * 2 * 4 * tokens  # int32 positions and segments, which have no gradient
+    add("collective-permute", "cp", ticks * (folding.cp - 1) * (passes * 2 * keys * wide + places))
     slots = expert_capacity(
         tokens // folding.tp, model.num_experts, model.experts_per_token, config.capacity_factor or 1
     )
