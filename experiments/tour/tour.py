@@ -78,6 +78,7 @@ def main(arguments: Sequence[str]) -> int:
                 outcomes.append(outcome)
                 _write(workdir, outcomes)  # after each study, so that an interrupted tour leaves a page
         except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)  # before a free worker starts the next study
             for process in processes:
                 process.terminate()
             raise

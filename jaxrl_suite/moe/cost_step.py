@@ -9,10 +9,11 @@ resident.
 from jaxrl_suite.config import check
 from jaxrl_suite.lm import LanguageModelConfig
 from jaxrl_suite.moe.cost_memory import Memory, MemoryModel, layer_activations
-from jaxrl_suite.moe.cost_model import Workload, parameter_counts, tokens_per_device
+from jaxrl_suite.moe.cost_model import Recompute, Workload, parameter_counts, tokens_per_device
 from jaxrl_suite.moe.folding import Folding
 
 _NARROW, _WIDE = 2.0, 4.0  # bytes of bfloat16 and float32
+_LEVELS: tuple[Recompute, ...] = ("activation", "full")
 
 
 def step_memory(model: LanguageModelConfig, folding: Folding, workload: Workload) -> Memory:
@@ -42,14 +43,12 @@ def step_memory(model: LanguageModelConfig, folding: Folding, workload: Workload
     >>> from jaxrl_suite.lm import named_config
     >>> folded = Folding.parse("attention=tp2.dp8 experts=ep8.edp2 pipeline=8")
     >>> held = step_memory(named_config("mixtral-8x22b"), folded, Workload(recompute="activation"))
-    >>> f"{held.total / 1e9:.1f} GB"  # compiled: 81.9
+    >>> f"{held.total / 1e9:.1f} GB"  # compiled: 82.2
     '82.2 GB'
     """
     level = workload.recompute
-    known = ("full", "activation")
-    check(
-        level in known, argument="recompute", value=level, rule="memory of the train step is known for full, activation"
-    )
+    rule = f"memory of the train step is known for {', '.join(_LEVELS)} only"
+    check(level in _LEVELS, argument="recompute", value=level, rule=rule)
     counts, fsdp, piped = parameter_counts(model), workload.sharding == "fsdp", folding.pp > 1
     tables = (counts.embedding + counts.head) / folding.tp
     dense, experts = counts.layers / (folding.tp * folding.pp), counts.experts / (folding.pp * folding.etp * folding.ep)
@@ -68,7 +67,7 @@ def step_memory(model: LanguageModelConfig, folding: Folding, workload: Workload
     )
 
 
-TRAIN_STEP = MemoryModel(step_memory, ("activation", "full"))
+TRAIN_STEP = MemoryModel(step_memory, _LEVELS)
 
 
 def _kept(model: LanguageModelConfig, folding: Folding, workload: Workload) -> float:
