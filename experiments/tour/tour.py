@@ -81,7 +81,8 @@ def main(arguments: Sequence[str]) -> int:
             pool.shutdown(wait=False, cancel_futures=True)  # before a free worker starts the next study
             for process in processes:
                 process.terminate()
-            raise
+            print(f"\ninterrupted: --workdir={workdir} --resume continues", file=sys.stderr)
+            return 130
     report.terminal_table([_section(outcome) for outcome in outcomes])
     print(f"{time.perf_counter() - began:.0f} s in all. Open {os.path.relpath(workdir / 'report.html')}")
     return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0
