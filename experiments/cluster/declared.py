@@ -3,12 +3,11 @@
 from jaxrl_suite.moe.config import MoEConfig
 from jaxrl_suite.moe.cost_model import token_flops
 from jaxrl_suite.moe.folding import Folding
-from jaxrl_suite.moe.pipeline import num_ticks, repeats_exchanges, repeats_stages
+from jaxrl_suite.moe.pipeline import num_ticks, repeats_stages
 
 # Forward passes of a layer that the backward pass repeats, by policy; "elementwise" and "experts" repeat no product.
 _REPEATS = {"none": 0, "elementwise": 0, "experts": 0, "attention": 0, "full": 1, "full_with_dispatch": 1}
-# Where rows that came back from experts are kept, the last of their three products is not repeated.
-_KEPT = 1 / 3
+_LAST = 1 / 3  # of the three products of experts: no backward pass of a layer needs what the last yields
 
 
 def declared_flops(config: MoEConfig, folding: Folding, *, sequence: int, global_batch: int) -> dict[str, float]:
@@ -36,8 +35,7 @@ def declared_flops(config: MoEConfig, folding: Folding, *, sequence: int, global
     surplus = tokens * flops.experts * (factor - 1)
     in_ticks = config.schedule == "1f1b" and stages > 1
     repeats = _REPEATS[config.remat]
-    kept = config.remat == "full" and not repeats_exchanges(config, stages)
-    recomputed = -_KEPT * kept * tokens * factor * flops.experts
+    recomputed = -_LAST * repeats * tokens * factor * flops.experts
     if stages > 1:  # under "full" a tick of GPipe is checkpointed as a whole
         repeats += repeats_stages(config, stages) if in_ticks else repeats
     recomputed += repeats * (layers + surplus) + 0.5 * tokens * flops.attention

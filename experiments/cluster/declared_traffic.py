@@ -29,14 +29,15 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
     A layer runs forward F times a micro-batch (2 where 1F1B repeats the forward pass of a stage, else 1), R times again
     in the backward pass (``remat="full"``: 1), and backward once; a pipeline does so m + PP - 1 times for m
     micro-batches. Inputs of column splits are gathered G times again: with ``remat="elementwise"`` once, else R times.
-    With A the bytes of a micro-batch between layers (gathered over TP), C the slots of an expert and l the layers of a
-    stage, each time sends
+    With A the bytes of a micro-batch between layers (gathered over TP), C the slots of an expert (each has a row and
+    a combine weight of 4 bytes) and l the layers of a stage, each time sends
 
         TP   (TP-1)/TP A (l (F + G + 1) + 2) gathered, A (l (F + R + 1) + 1) scattered, and F embeddings in float32
         CP   (CP-1) (F + R + 1) l times the keys and values of a rank, and (F + R) l times its positions and segments
-        EP   (EP-1)/EP 2 (F + X + 1) l E C D, exchanges are repeated X times: R where inputs of layers are all that is
-             kept, else 0
-        ETP  (ETP-1) (F + X + 1) l E C D gathered and as much scattered
+        EP   (EP-1)/EP (2 F + X + 2) l E C D, rows are sent out X times more: R where inputs of layers are all that is
+             kept, else 0; and (EP-1)/EP (F + X + 1) l E C of combine weights and their gradients
+        ETP  (ETP-1) (F + X + 1) l E C D gathered and (F + 1) l E C D scattered; (F + X) l E C of combine weights
+             gathered, and l E C of their gradients scattered
         PP   A / TP forward and as much backward
 
     Each step gathers the stored weights (matrices in the dtype of products, all else as stored) and scatters their
@@ -76,11 +77,12 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
     slots = expert_capacity(
         tokens // folding.tp, model.num_experts, model.experts_per_token, config.capacity_factor or 1
     )
-    exchanges = forward + repeats_exchanges(config, stages) + 1
-    copies = ticks * layers * exchanges * model.num_experts * slots * model.width * wide
-    add("all-to-all", "ep", 2 * copies * (folding.ep - 1) / folding.ep)
-    for kind in ("all-gather", "reduce-scatter"):
-        add(kind, "etp", copies * (folding.etp - 1))
+    out = forward + repeats_exchanges(config, stages)
+    copies, row, weight = ticks * layers * model.num_experts * slots, model.width * wide, 4
+    exchanged = copies * (row * (out + forward + 2) + weight * (out + 1))
+    add("all-to-all", "ep", exchanged * (folding.ep - 1) / folding.ep)
+    add("all-gather", "etp", (folding.etp - 1) * copies * (row * (out + 1) + weight * out))
+    add("reduce-scatter", "etp", (folding.etp - 1) * copies * (row * (forward + 1) + weight))
     sends = 2 * ticks - (stages == 2)  # the last tick's gradient is for nobody; a loop of one tick drops it
     add("collective-permute", "pp", sends * whole / folding.tp * wide)
     for path, place in placements(config, folding).items():

@@ -146,7 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weigh_output",
         action="store_true",
-        help="the paper's program: routing weights multiply the output of experts, which is then kept",
+        help="the paper's framework: routing weights multiply the output of experts, which is then kept "
+        "(--train_step weighs before the last product)",
     )
     parser.add_argument(
         "--train_step",

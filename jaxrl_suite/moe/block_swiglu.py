@@ -4,7 +4,8 @@ Three grouped products in a row read and write three arrays of all rows in betwe
 matrix of an expert for each of its blocks. On a CPU that costs as much as half of the products. Here an outer loop
 takes the matrices of an expert once and an inner one carries each of its chunks through all products while it lies in
 the cache. Only the two products before the activation are kept for the backward pass; elsewhere than on a CPU the same
-rule runs over the grouped products of :mod:`jaxrl_suite.moe.grouped`.
+rule runs over the grouped products of :mod:`jaxrl_suite.moe.grouped`. A weight a row multiplies what stands between
+activation and last product, so that its derivative needs no output.
 """
 
 from collections.abc import Callable
@@ -21,17 +22,19 @@ from jaxrl_suite.types import Array, Params
 # Products over fewer rows wait for the matrix, over more gain nothing. What is left of an expert goes by halves: with
 # many experts that is a third of all rows.
 _CHUNK_ROWS = (128, 64, 32)
+_Backward = tuple[Array, Array, Params]  # gradients by rows, by weights, and by the matrices of one expert
 
 
 @jax.custom_vjp
-def block_swiglu(rows: Array, params: Params, expert: Array, live: Array) -> Array:
-    """``(silu(x gate) * (x up)) down`` of each block of aligned rows with the matrices of its expert.
+def block_swiglu(rows: Array, params: Params, weights: Array, expert: Array, live: Array) -> Array:
+    """``(w silu(x gate) * (x up)) down`` of each block of aligned rows with the matrices of its expert.
 
     Zero for blocks without rows. Can be differentiated in reverse any number of times.
 
     Args:
         rows: [M, D], aligned; see :class:`jaxrl_suite.moe.grouped.Blocks`.
         params: gate and up [E, D, F], down [E, F, D], in the dtype of ``rows``.
+        weights: [M, 1], w of each row.
         expert: int32 [M / block].
         live: bool [M / block].
 
@@ -41,30 +44,50 @@ def block_swiglu(rows: Array, params: Params, expert: Array, live: Array) -> Arr
     References:
         Shazeer (2020), arXiv 2002.05202, equation 6.
     """
-    return _forward(rows, params, expert, live)[0]
+    return _forward(rows, params, weights, expert, live)[0]
+
+
+def weighted_hidden(gate: Array, up: Array, weights: Array) -> Array:
+    """``w silu(gate) * up`` in the dtype of ``gate``, weighted as wide as the weights are.
+
+    Args:
+        gate: [..., M, F].
+        up: [..., M, F].
+        weights: [..., M, 1].
+
+    Returns:
+        [..., M, F].
+    """
+    return _weigh(_gated(gate, up), weights)
 
 
 def _gated(gate: Array, up: Array) -> Array:
     return jax.nn.silu(gate) * up
 
 
-def _grouped_forward(rows: Array, params: Params, expert: Array, live: Array) -> tuple[Array, Array, Array]:
+def _weigh(x: Array, weights: Array) -> Array:
+    return (x * weights).astype(x.dtype)
+
+
+def _grouped_forward(
+    rows: Array, params: Params, weights: Array, expert: Array, live: Array
+) -> tuple[Array, Array, Array]:
     """By one grouped product after the other: output, and what stands before the activation."""
     gate, up = (block_matmul(rows, params[name], expert, live) for name in ("gate", "up"))
-    return block_matmul(_gated(gate, up), params["down"], expert, live), gate, up
+    return block_matmul(weighted_hidden(gate, up, weights), params["down"], expert, live), gate, up
 
 
 def _grouped_backward(
-    rows: Array, params: Params, gate: Array, up: Array, cotangent: Array, expert: Array, live: Array
-) -> tuple[Array, Params]:
-    """Gradients by rows and matrices, by one grouped product after the other."""
-    hidden, pull = jax.vjp(_gated, gate, up)
-    d_gate, d_up = pull(block_matmul(cotangent, params["down"], expert, live, True))
+    rows: Array, params: Params, weights: Array, gate: Array, up: Array, cotangent: Array, expert: Array, live: Array
+) -> tuple[Array, Params, Array]:
+    """Gradients by rows, matrices and weights, by one grouped product after the other."""
+    hidden, pull = jax.vjp(weighted_hidden, gate, up, weights)
+    d_gate, d_up, d_weights = pull(block_matmul(cotangent, params["down"], expert, live, True))
     d_rows = block_matmul(d_gate, params["gate"], expert, live, True)
     d_rows = d_rows + block_matmul(d_up, params["up"], expert, live, True)
     like = vary_like(jnp.zeros((params["gate"].shape[0], 0), rows.dtype), rows)
     pairs = {"gate": (rows, d_gate), "up": (rows, d_up), "down": (hidden, cotangent)}
-    return d_rows, {name: block_outer(*pair, expert, live, like) for name, pair in pairs.items()}
+    return d_rows, {name: block_outer(*pair, expert, live, like) for name, pair in pairs.items()}, d_weights
 
 
 def _product(x: Array, y: Array, axes: tuple[int, int]) -> Array:
@@ -108,17 +131,19 @@ def _put(array: Array, rows: Array, begin: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), begin, 0)
 
 
-def _walk_forward(rows: Array, params: Params, expert: Array, live: Array) -> tuple[Array, Array, Array]:
+def _walk_forward(
+    rows: Array, params: Params, weights: Array, expert: Array, live: Array
+) -> tuple[Array, Array, Array]:
     num_experts, _, hidden_width = params["gate"].shape
     sizes = rows.shape[0], rows.shape[0] // expert.shape[0]
 
     def one(arrays: tuple, item: tuple[Params, Array, Array]) -> tuple[tuple, None]:
-        weights, first, number = item
+        matrices, first, number = item
 
         def step(begin: Array, count: int, arrays: tuple) -> tuple:
             x = _rows_at(rows, begin, count)
-            gate, up = (_product(x, weights[name], (1, 0)).astype(x.dtype) for name in ("gate", "up"))
-            y = _product(_gated(gate, up), weights["down"], (1, 0))
+            gate, up = (_product(x, matrices[name], (1, 0)).astype(x.dtype) for name in ("gate", "up"))
+            y = _product(weighted_hidden(gate, up, _rows_at(weights, begin, count)), matrices["down"], (1, 0))
             return tuple(_put(array, part, begin) for array, part in zip(arrays, (y, gate, up), strict=True))
 
         return _over_chunks(first, number, sizes, step, arrays), None
@@ -129,34 +154,38 @@ def _walk_forward(rows: Array, params: Params, expert: Array, live: Array) -> tu
 
 
 def _walk_backward(
-    rows: Array, params: Params, gate: Array, up: Array, cotangent: Array, expert: Array, live: Array
-) -> tuple[Array, Params]:
+    rows: Array, params: Params, weights: Array, gate: Array, up: Array, cotangent: Array, expert: Array, live: Array
+) -> tuple[Array, Params, Array]:
     num_experts, sizes = params["gate"].shape[0], (rows.shape[0], rows.shape[0] // expert.shape[0])
     wide = jnp.promote_types(rows.dtype, jnp.float32)
 
-    def one(carry: tuple[Array, Params], item: tuple[Params, Array, Array]) -> tuple[tuple[Array, Params], Params]:
-        weights, first, number = item
+    def one(carry: _Backward, item: tuple[Params, Array, Array]) -> tuple[_Backward, Params]:
+        matrices, first, number = item
 
-        def step(begin: Array, count: int, carry: tuple[Array, Params]) -> tuple[Array, Params]:
-            d_rows, total = carry
-            x, *pre, g = (_rows_at(array, begin, count) for array in (rows, gate, up, cotangent))
-            hidden, pull = jax.vjp(_gated, *pre)
-            d_gate, d_up = pull(_product(g, weights["down"], (1, 1)).astype(x.dtype))
-            d_x = _product(d_gate, weights["gate"], (1, 1)) + _product(d_up, weights["up"], (1, 1))
-            pairs = {"gate": (x, d_gate), "up": (x, d_up), "down": (hidden, g)}
+        def step(begin: Array, count: int, carry: _Backward) -> _Backward:
+            d_rows, d_weights, total = carry
+            x, g, w, *before = (_rows_at(array, begin, count) for array in (rows, cotangent, weights, gate, up))
+            hidden, pull = jax.vjp(_gated, *before)
+            d_hidden = _product(g, matrices["down"], (1, 1)).astype(x.dtype)
+            # As a product: XLA adds up rows on a CPU one number after the other, a twentieth of the layer's time.
+            d_w = _product(d_hidden.astype(w.dtype) * hidden, jnp.ones((hidden.shape[1], 1), w.dtype), (1, 0))
+            d_gate, d_up = pull(_weigh(d_hidden, w))
+            d_x = _product(d_gate, matrices["gate"], (1, 1)) + _product(d_up, matrices["up"], (1, 1))
+            pairs = {"gate": (x, d_gate), "up": (x, d_up), "down": (_weigh(hidden, w), g)}
             # The sums of the expert before lie in the cache: taking them for zero is cheaper than to write zeros.
-            before = {name: jnp.where(begin == first * sizes[1], 0, leaf) for name, leaf in total.items()}
-            total = {name: before[name] + _product(*pair, (0, 0)) for name, pair in pairs.items()}
-            return _put(d_rows, d_x, begin), total
+            sums = {name: jnp.where(begin == first * sizes[1], 0, leaf) for name, leaf in total.items()}
+            total = {name: sums[name] + _product(*pair, (0, 0)) for name, pair in pairs.items()}
+            return _put(d_rows, d_x, begin), _put(d_weights, d_w, begin), total
 
-        d_rows, total = _over_chunks(first, number, sizes, step, carry)
+        *by_row, total = _over_chunks(first, number, sizes, step, carry)
         own = {name: jnp.where(number > 0, leaf, 0).astype(rows.dtype) for name, leaf in total.items()}
-        return (d_rows, total), own
+        return (*by_row, total), own
 
     zeros = {name: zeros_like_varying(leaf.shape[1:], wide, rows) for name, leaf in params.items()}
-    start = zeros_like_varying(rows.shape, rows.dtype, rows), zeros
-    (d_rows, _), d_params = jax.lax.scan(one, start, (params, *blocks_of_experts(expert, live, num_experts)))
-    return d_rows, d_params
+    d_rows, d_weights = (zeros_like_varying(array.shape, array.dtype, rows) for array in (rows, weights))
+    items = params, *blocks_of_experts(expert, live, num_experts)
+    (d_rows, d_weights, _), d_params = jax.lax.scan(one, (d_rows, d_weights, zeros), items)
+    return d_rows, d_params, d_weights
 
 
 def _on_cpu(walk: Callable[..., Any], grouped: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,16 +206,15 @@ _forward = _on_cpu(_walk_forward, _grouped_forward)
 _backward = _on_cpu(_walk_backward, _grouped_backward)
 
 
-def _swiglu_forward(rows: Array, params: Params, expert: Array, live: Array) -> tuple[Array, tuple]:
-    y, gate, up = _forward(rows, params, expert, live)
+def _swiglu_forward(rows: Array, params: Params, weights: Array, expert: Array, live: Array) -> tuple[Array, tuple]:
+    y, gate, up = _forward(rows, params, weights, expert, live)
     gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-    return y, (rows, params, gate, up, expert, live)
+    return y, (rows, params, weights, gate, up, expert, live)
 
 
 def _swiglu_backward(residuals: tuple, cotangent: Array) -> tuple:
-    rows, params, gate, up, expert, live = residuals
-    d_rows, d_params = _backward(rows, params, gate, up, cotangent, expert, live)
-    return d_rows, d_params, None, None
+    *kept, expert, live = residuals
+    return (*_backward(*kept, cotangent, expert, live), None, None)
 
 
 block_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

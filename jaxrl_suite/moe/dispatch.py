@@ -15,16 +15,17 @@ emulated   the offsets of ``ragged`` over an all-gather   all       tests of the
 Order of collectives: all-to-all over EP, then all-gather over ETP; experts; reduce-scatter over ETP, then all-to-all
 back. In this order the exchange across EP carries T · k rows and not ETP · T · k.
 
-The combine weight multiplies the rows that return, on the rank of the token, so no probability travels (Differs:
-Megatron sends probabilities along and multiplies between the two products; equal in exact arithmetic as the second
-product has no bias).
+The combine weight of a copy travels with its row, 4 bytes beside 2 or 4 a number of the row, and multiplies inside the
+expert, between activation and last product. That product has no bias, so in exact arithmetic it is the weighted sum of
+outputs. What comes back is summed as it is: no derivative needs it, nobody keeps it, and where layers are recomputed
+neither the last product nor the way back is repeated.
 
 References:
-    Liu et al. (2025), arXiv:2504.14960, section 3.2 (token dispatcher).
+    Liu et al. (2025), arXiv:2504.14960, section 3.2 (token dispatcher); Megatron-Core weighs at the same place.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,22 +71,27 @@ class DispatchStats(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """Two ways to run the local experts; ``silu(x·gate) · (x·up)`` then ``down`` unless a test replaces them.
+    """Two ways to run the local experts; ``w · silu(x·gate) · (x·up)`` then ``down`` unless a test replaces them.
 
     Attributes:
-        uniform: [E / EP, M, D] -> [E / EP, M, D], the same number of rows for every expert.
-        blocks: aligned rows [M, D] and their :class:`Blocks` -> [M, D].
+        uniform: rows [E / EP, M, D], as many for every expert, and their combine weights w [E / EP, M, 1]
+            -> [E / EP, M, D], weighted.
+        blocks: aligned rows [M, D], weights [M, 1], and the :class:`Blocks` -> [M, D], weighted.
         block: rows of an aligned block.
     """
 
-    uniform: Callable[[Array], Array]
-    blocks: Callable[[Array, Blocks], Array]
+    uniform: Callable[[Array, Array], Array]
+    blocks: Callable[[Array, Array, Blocks], Array]
     block: int = 128
 
 
 def identity_experts(block: int = 8) -> Experts:
     """Experts that return their rows; dispatch followed by combine is then a weighted copy."""
-    return Experts(lambda x: x, lambda x, blocks: x, block)
+
+    def weigh(x: Array, weights: Array) -> Array:
+        return x * weights.astype(x.dtype)
+
+    return Experts(weigh, lambda x, weights, blocks: weigh(x, weights), block)
 
 
 @jax.named_scope("dispatch")  # an audit can tell expert traffic from that of attention
@@ -143,21 +149,38 @@ def dispatch(
     return y, DispatchStats(sent, received, dropped, overflow)
 
 
-def combine(values: Array, weights: Array, source: Array, slots: Array, copy: Array) -> Array:
-    """Weighted sum of the copies of each token, gathers only in both directions.
+def _weighted_rows(x: Array, weights: Array, source: Array, slots: Array, copy: Array) -> tuple[Array, Array]:
+    """Rows to send and their combine weights: [M, D] and [M, 1].
 
     Args:
-        values: [M, D], returned rows.
+        x: [T, D].
         weights: [T, k].
         source: int32 [M], token of each row, T for none.
         slots: int32 [T, k], row of each copy, M for none.
         copy: int32 [M], copy (t·k + j) of each row, T·k for none.
-
-    Returns:
-        [T, D].
     """
-    per_row = spread_rows(weights.reshape(-1, 1), copy, slots.reshape(-1, 1))
-    return collect_rows(values * per_row.astype(values.dtype), source, slots)
+    return spread_rows(x, source, slots), spread_rows(weights.reshape(-1, 1), copy, slots.reshape(-1, 1))
+
+
+def _to_experts(tree: Any, axes: ExpertAxes) -> Any:
+    """Equal parts to every EP rank, then what all ETP members got."""
+    if axes.ep:
+        tree = jax.tree.map(lambda leaf: jax.lax.all_to_all(leaf, axes.ep, 0, 0, tiled=True), tree)
+    return _gathered(tree, axes.etp)
+
+
+def _gathered(tree: Any, axes: tuple[str, ...]) -> Any:
+    """What all members hold, one after the other, and the name by which policies of recomputation keep it."""
+    if axes:
+        tree = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, axes, tiled=True), tree)
+    return checkpoint_name(tree, "dispatched")
+
+
+def _from_experts(outputs: Array, axes: ExpertAxes) -> Array:
+    """The way back of :func:`_to_experts`; partial outputs are summed."""
+    if axes.etp:
+        outputs = jax.lax.psum_scatter(outputs, axes.etp, tiled=True)
+    return jax.lax.all_to_all(outputs, axes.ep, 0, 0, tiled=True) if axes.ep else outputs
 
 
 def _token_of(copy: Array, top_k: int, num_tokens: int) -> Array:
@@ -182,28 +205,27 @@ def _drop_pad(
     empty = jnp.full_like(slots, num_tokens * top_k, shape=(num_rows,))
     copy = empty.at[slots.reshape(-1)].set(copies, mode="drop", unique_indices=True)
     source = _token_of(copy, top_k, num_tokens)
-    rows = spread_rows(x, source, slots)
-    returned = _uniform_exchange(rows, run, num_experts, capacity, axes)
+    rows = _weighted_rows(x, weights, source, slots, copy)
+    returned = _uniform_round_trip(rows, run, num_experts, capacity, axes)
     sent = jnp.sum(slots < num_rows, dtype=jnp.int32)
     received = _received(slots, num_experts, capacity, axes)
-    return combine(returned, weights, source, slots, copy), sent, received
+    return collect_rows(returned, source, slots), sent, received
 
 
-def _uniform_exchange(rows: Array, run: Experts, num_experts: int, capacity: int, axes: ExpertAxes) -> Array:
-    width, ep = rows.shape[-1], axis_size(axes.ep)
-    local = num_experts // ep
-    if axes.ep:
-        rows = jax.lax.all_to_all(rows, axes.ep, 0, 0, tiled=True)
-    if axes.etp:
-        rows = jax.lax.all_gather(rows, axes.etp, tiled=True)
-    rows = checkpoint_name(rows, "dispatched")
-    sources = rows.shape[0] // (local * capacity)
-    by_expert = rows.reshape(sources, local, capacity, width).swapaxes(0, 1).reshape(local, -1, width)
-    outputs = run.uniform(by_expert).reshape(local, sources, capacity, width).swapaxes(0, 1).reshape(-1, width)
-    if axes.etp:
-        outputs = jax.lax.psum_scatter(outputs, axes.etp, tiled=True)
-    outputs = jax.lax.all_to_all(outputs, axes.ep, 0, 0, tiled=True) if axes.ep else outputs
-    return checkpoint_name(outputs, "returned")
+def _uniform_round_trip(
+    rows: tuple[Array, Array], run: Experts, num_experts: int, capacity: int, axes: ExpertAxes
+) -> Array:
+    local = num_experts // axis_size(axes.ep)
+    rows = _to_experts(rows, axes)
+    sources = rows[0].shape[0] // (local * capacity)
+
+    def by_expert(leaf: Array) -> Array:
+        width = leaf.shape[-1]
+        return leaf.reshape(sources, local, capacity, width).swapaxes(0, 1).reshape(local, -1, width)
+
+    outputs = run.uniform(*map(by_expert, rows))
+    outputs = outputs.reshape(local, sources, capacity, -1).swapaxes(0, 1).reshape(rows[0].shape)
+    return _from_experts(outputs, axes)
 
 
 def _received(slots: Array, num_experts: int, capacity: int, axes: ExpertAxes) -> Array:
@@ -224,9 +246,9 @@ def _local(x: Array, groups: Array, weights: Array, run: Experts, num_experts: i
     blocks = align(groups.reshape(-1), num_experts, block=run.block)
     slots = blocks.slots.reshape(num_tokens, top_k)
     source = _token_of(blocks.source, top_k, num_tokens)
-    outputs = run.blocks(spread_rows(x, source, slots), blocks)
+    outputs = run.blocks(*_weighted_rows(x, weights, source, slots, blocks.source), blocks)
     sent = jnp.sum(groups < num_experts, dtype=jnp.int32)
-    return combine(outputs, weights, source, slots, blocks.source), sent
+    return collect_rows(outputs, source, slots), sent
 
 
 def _allgather(
@@ -236,8 +258,7 @@ def _allgather(
     local = num_experts // axis_size(axes.ep)
     sent = jnp.sum(groups < num_experts, dtype=jnp.int32)
     if members:
-        x, groups, weights = (jax.lax.all_gather(v, members, tiled=True) for v in (x, groups, weights))
-        x, groups, weights = (checkpoint_name(v, "dispatched") for v in (x, groups, weights))
+        x, groups, weights = _gathered((x, groups, weights), members)
     mine = groups - axis_index(axes.ep) * local
     mine = jnp.where((mine >= 0) & (mine < local), mine, local)
     partial, received = _local(x, mine, weights, run, local)
@@ -255,12 +276,12 @@ def _exchange(
     rows_per_peer: int | None,
 ) -> tuple[Array, Array, Array, Array]:
     """Dropless modes over EP and ETP: sort by expert, exchange, align by local expert, and all the way back."""
-    (num_tokens, top_k), width = groups.shape, x.shape[-1]
+    num_tokens, top_k = groups.shape
     ep = axis_size(axes.ep)
     local = num_experts // ep
     bound = num_tokens * min(top_k, local)
     per_peer = min(bound, rows_per_peer or bound) if mode == "padded" else bound
-    order, rank, counts = sort_by_group(groups.reshape(-1), num_experts)
+    _, rank, counts = sort_by_group(groups.reshape(-1), num_experts)
     counts = counts.reshape(ep, local)
     sent_to = jnp.sum(counts, axis=1, dtype=jnp.int32)
     peer = jnp.minimum(groups.reshape(-1), num_experts - 1) // local
@@ -278,14 +299,13 @@ def _exchange(
     empty = jnp.full_like(slots, num_tokens * top_k, shape=(num_rows,))
     copy = empty.at[slots].set(copies, mode="drop", unique_indices=True)
     source, slots = _token_of(copy, top_k, num_tokens), slots.reshape(num_tokens, top_k)
-    rows = spread_rows(x, source, slots)
-    del order, width
+    rows = _weighted_rows(x, weights, source, slots, copy)
     if mode == "padded":
         returned, received = _padded_round_trip(rows, counts, run, local, axes, per_peer)
     else:
         returned, received = _ragged_round_trip(mode, rows, counts, run, local, axes, ep * bound)
     sent = jnp.sum(counts, dtype=jnp.int32)
-    return combine(returned, weights, source, slots, copy), sent, received, overflow
+    return collect_rows(returned, source, slots), sent, received, overflow
 
 
 def _clip_counts(counts: Array, per_peer: int) -> Array:
@@ -295,42 +315,31 @@ def _clip_counts(counts: Array, per_peer: int) -> Array:
 
 
 def _padded_round_trip(
-    rows: Array, counts: Array, run: Experts, local: int, axes: ExpertAxes, per_peer: int
+    rows: tuple[Array, Array], counts: Array, run: Experts, local: int, axes: ExpertAxes, per_peer: int
 ) -> tuple[Array, Array]:
-    if axes.ep:
-        rows = jax.lax.all_to_all(rows, axes.ep, 0, 0, tiled=True)
-        counts = jax.lax.all_to_all(counts, axes.ep, 0, 0, tiled=True)
-    if axes.etp:
-        rows = jax.lax.all_gather(rows, axes.etp, tiled=True)
-        counts = jax.lax.all_gather(counts, axes.etp, tiled=True)
-    rows, counts = checkpoint_name(rows, "dispatched"), checkpoint_name(counts, "dispatched")
+    rows, counts = _to_experts((rows, counts), axes)
     ends = jnp.cumsum(counts, axis=1, dtype=jnp.int32)  # [source, local expert]
     place = jnp.arange(per_peer, dtype=jnp.int32)
     groups = jnp.sum(place[None, :, None] >= ends[:, None, :], axis=-1, dtype=jnp.int32).reshape(-1)
-    outputs = _run_sorted(rows, groups, run, local)
-    if axes.etp:
-        outputs = jax.lax.psum_scatter(outputs, axes.etp, tiled=True)
-    outputs = jax.lax.all_to_all(outputs, axes.ep, 0, 0, tiled=True) if axes.ep else outputs
-    return checkpoint_name(outputs, "returned"), jnp.sum(counts, dtype=jnp.int32)
+    outputs = _from_experts(_run_sorted(rows, groups, run, local), axes)
+    return outputs, jnp.sum(counts, dtype=jnp.int32)
 
 
 def _ragged_round_trip(
-    mode: str, rows: Array, counts: Array, run: Experts, local: int, axes: ExpertAxes, num_receive: int
+    mode: str, rows: tuple[Array, Array], counts: Array, run: Experts, local: int, axes: ExpertAxes, num_receive: int
 ) -> tuple[Array, Array]:
     exchange = ragged_all_to_all if mode == "ragged" else emulated_ragged_all_to_all
-    num_send = rows.shape[0]
+    num_send = rows[0].shape[0]
     offsets = None
     if axes.ep:
         offsets, counts = ragged_offsets(counts, axes.ep)
-        rows = exchange(rows, num_receive, offsets, axes.ep)
-    chunk_counts = counts.reshape(1, -1)  # one run of (source, local expert) chunks for each ETP member
-    if axes.etp:
-        rows = jax.lax.all_gather(rows, axes.etp, tiled=True)
-        chunk_counts = jax.lax.all_gather(chunk_counts, axes.etp, tiled=True)
-    rows, chunk_counts = checkpoint_name(rows, "dispatched"), checkpoint_name(chunk_counts, "dispatched")
+        values, weights = (exchange(leaf, num_receive, offsets, axes.ep) for leaf in rows)
+        rows = values, weights
+    # One run of (source, local expert) chunks for each ETP member.
+    rows, chunk_counts = _gathered((rows, counts.reshape(1, -1)), axes.etp)
     members = chunk_counts.shape[0]
     ends = jnp.cumsum(chunk_counts, axis=1, dtype=jnp.int32)
-    place = jnp.arange(rows.shape[0] // members, dtype=jnp.int32)
+    place = jnp.arange(rows[0].shape[0] // members, dtype=jnp.int32)
     chunk = jax.vmap(lambda e: jnp.searchsorted(e, place, side="right"))(ends).astype(jnp.int32)
     groups = jnp.where(place[None, :] < ends[:, -1:], chunk % local, local).reshape(-1)
     outputs = _run_sorted(rows, groups, run, local)
@@ -338,14 +347,15 @@ def _ragged_round_trip(
         outputs = jax.lax.psum_scatter(outputs, axes.etp, tiled=True)
     if offsets is not None:
         outputs = exchange(outputs, num_send, offsets.reversed(axes.ep), axes.ep)
-    return checkpoint_name(outputs, "returned"), jnp.sum(chunk_counts, dtype=jnp.int32)
+    return outputs, jnp.sum(chunk_counts, dtype=jnp.int32)
 
 
-def _run_sorted(rows: Array, groups: Array, run: Experts, local: int) -> Array:
+def _run_sorted(rows: tuple[Array, Array], groups: Array, run: Experts, local: int) -> Array:
     """Runs experts on rows in any order."""
     blocks = align(groups, local, block=run.block)
     rows, blocks = unify(rows, blocks)
-    outputs = run.blocks(spread_rows(rows, blocks.source, blocks.slots), blocks)
+    x, weights = (spread_rows(leaf, blocks.source, blocks.slots) for leaf in rows)
+    outputs = run.blocks(x, weights, blocks)
     if varying_axes(outputs) != varying_axes(rows):
         outputs, blocks = unify(outputs, blocks)
     return collect_rows(outputs, blocks.source, blocks.slots)

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_suite.lm import route
-from jaxrl_suite.lm.feed_forward import router_logits, shared_expert, swiglu
+from jaxrl_suite.lm.feed_forward import router_logits, shared_expert
 from jaxrl_suite.lm.layers import project
-from jaxrl_suite.moe.block_swiglu import block_swiglu
+from jaxrl_suite.moe.block_swiglu import block_swiglu, weighted_hidden
 from jaxrl_suite.moe.capacity import expert_capacity, keep_by_capacity, rank_in_expert
 from jaxrl_suite.moe.config import MoEConfig
 from jaxrl_suite.moe.dispatch import DispatchStats, ExpertAxes, Experts, dispatch
@@ -30,7 +30,7 @@ from jaxrl_suite.types import Array, FeedForward, Parallel, Params
 
 # What the backward pass of a folded sparse layer cannot compute again without a product, an exchange or a sort, beside
 # the names that it shares with the decoder of one device.
-SAVED_NAMES = ("held", "router", "routing", "dispatched", "returned", "output", "shared")
+SAVED_NAMES = ("held", "router", "routing", "dispatched", "shared")
 _WALKED_BLOCK = 16  # rows: smaller blocks pad less, but more products have few rows
 
 
@@ -139,7 +139,8 @@ def make_experts(params: Params, config: MoEConfig, num_rows: int = 0) -> Expert
         params: gate and up [E, D, F], down [E, F, D] of this rank; with ETP the outputs are partial sums.
         config: read for dtypes and block size. With ``expert_precision="float8"`` every product takes float8 operands
             (rows in blocks of 1 x 128, weights in tiles of 128 x 128 of what this rank holds) and sums in float32; the
-            backward pass sees the rounded operands, cotangents are not rounded.
+            backward pass sees the rounded operands, cotangents are not rounded. Combine weights multiply before the
+            rounding, whose scale a row takes them up; their own derivative sees what is not rounded.
         num_rows: rows that these experts get in all if the load is even, for the size of a block where it matters.
     """
     accumulate, num_local = config.model.accumulate_dtype, params["gate"].shape[0]
@@ -150,35 +151,32 @@ def make_experts(params: Params, config: MoEConfig, num_rows: int = 0) -> Expert
     def rounded(rows: Array) -> Array:
         return round_rows(rows) if float8 else rows
 
-    def uniform(x: Array) -> Array:
-        x, weights = unify(x, params)
+    def uniform(x: Array, weights: Array) -> Array:
+        arguments = unify(params, x, weights)
 
-        def one(expert: Params, rows: Array) -> Array:
-            if not float8:
-                return swiglu(expert, rows, accumulate=accumulate)
+        def one(matrices: Params, rows: Array, weights: Array) -> Array:
+            rows = rounded(rows)
             gate, up = (
-                checkpoint_name(project(rounded(rows), expert[name], accumulate=accumulate), name)
-                for name in ("gate", "up")
+                checkpoint_name(project(rows, matrices[name], accumulate=accumulate), name) for name in ("gate", "up")
             )
-            return project(rounded(jax.nn.silu(gate) * up), expert["down"], accumulate=accumulate)
+            return project(rounded(weighted_hidden(gate, up, weights)), matrices["down"], accumulate=accumulate)
 
         # A batched product takes more than twice as long as 2-D products on a CPU, and a fraction of it elsewhere.
         if jax.default_backend() != "cpu":
-            return jax.vmap(one)(weights, x)
-        return jax.lax.scan(lambda _, item: (None, one(*item)), None, (weights, x))[1]
+            return jax.vmap(one)(*arguments)
+        return jax.lax.scan(lambda _, item: (None, one(*item)), None, arguments)[1]
 
-    def blocks(x: Array, layout: Blocks) -> Array:
-        x, layout, weights = unify(rounded(x), layout, params)
+    def blocks(x: Array, weights: Array, layout: Blocks) -> Array:
+        x, weights, layout, matrices = unify(rounded(x), weights, layout, params)
+        matrices = jax.tree.map(lambda leaf: leaf.astype(x.dtype), matrices)
         if not float8:
-            weights = jax.tree.map(lambda leaf: leaf.astype(x.dtype), weights)
-            return checkpoint_name(block_swiglu(x, weights, layout.expert, layout.live), "output")
+            return block_swiglu(x, matrices, weights, layout.expert, layout.live)
 
-        def product(rows: Array, name: str, saved: str) -> Array:
-            y = block_matmul(rows, weights[name].astype(rows.dtype), layout.expert, layout.live)
-            return checkpoint_name(y, saved)
+        def product(rows: Array, name: str) -> Array:
+            return block_matmul(rows, matrices[name], layout.expert, layout.live)
 
-        gate, up = product(x, "gate", "gate"), product(x, "up", "up")
-        return product(rounded(jax.nn.silu(gate) * up), "down", "output")
+        gate, up = (checkpoint_name(product(x, name), name) for name in ("gate", "up"))
+        return product(rounded(weighted_hidden(gate, up, weights)), "down")
 
     if config.remat == "experts":  # no exchange happens in here, so none can be repeated
         uniform, blocks = (jax.checkpoint(function, prevent_cse=False) for function in (uniform, blocks))

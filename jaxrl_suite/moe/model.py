@@ -243,14 +243,13 @@ def make_layer(batch: Batch, *, config: MoEConfig, layout: Layout) -> Callable[[
 def rematerialised(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """``jax.checkpoint`` with what each policy keeps; only "full_with_dispatch" repeats an exchange of tokens.
 
-    "full" keeps block inputs and what came over the network; "elementwise" keeps what products yielded too, so that
+    "full" keeps block inputs and the rows that experts got; "elementwise" keeps what products yielded too, so that
     norms, rotations, activations and local permutations alone are repeated, and the gathers before column splits;
     "experts" recomputes the activations of experts only; "attention" recomputes the output of attention only.
     """
     policies = jax.checkpoint_policies
-    exchanged = ("dispatched", "returned")
     keep: dict[str, Any] = {
-        "full": policies.save_only_these_names(*exchanged),
+        "full": policies.save_only_these_names("dispatched"),
         "full_with_dispatch": policies.nothing_saveable,
         "elementwise": policies.save_only_these_names(*_SAVED),
         "attention": policies.save_anything_except_these_names("attention"),

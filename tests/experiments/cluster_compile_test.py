@@ -83,10 +83,11 @@ def test_formula_is_that_of_section_5_2():
     formula = declared_traffic(config, folding, sequence=4096, global_batch=256)
     one = layer_bytes(model, folding, Workload())
     ticks, layers = 32 + 8 - 1, 7
-    exchanged = formula["all-to-all", tuple(range(8))]
-    assert exchanged == pytest.approx(ticks * layers * 3 * one["ep"], rel=1e-6)
+    weights = 7 / 8 * 4 * 4096 // 2 * 2  # of the copies of a layer and micro-batch, one way
+    exchanged = formula["all-to-all", tuple(range(8))]  # rows go out again, do not come back again
+    assert exchanged == pytest.approx(ticks * layers * (2.5 * one["ep"] + 3 * weights), rel=1e-6)
     kept = declared_traffic(config.replace(pending="all"), folding, sequence=4096, global_batch=256)
-    assert kept["all-to-all", tuple(range(8))] == pytest.approx(exchanged * 2 / 3)
+    assert kept["all-to-all", tuple(range(8))] == pytest.approx(ticks * layers * (2 * one["ep"] + 2 * weights))
     gathered = formula["all-gather", (0, 1)]
     assert gathered == pytest.approx(ticks * (layers * 3 + 2) * one["tp"] / 2, rel=1e-6)
     assert formula["collective-permute", (0, 16)] == pytest.approx(2 * ticks * one["pp"], rel=1e-6)

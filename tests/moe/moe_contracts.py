@@ -45,9 +45,10 @@ def aligned_product(key):
 
 def aligned_experts(key):
     rows, _, *where = aligned_product(key)
+    weights = jax.random.uniform(jax.random.fold_in(key, 3), (rows.shape[0], 1))
     shapes = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
     params = {name: jax.random.normal(jax.random.fold_in(key, i), s) for i, (name, s) in enumerate(shapes.items())}
-    return rows, params, *where
+    return rows, params, weights, *where
 
 
 def tokens_and_routing(key):

@@ -124,20 +124,22 @@ def test_block_swiglu_and_its_gradients_twice(block):
     sizes = {"gate": (4, 6, 5), "up": (4, 6, 5), "down": (4, 5, 6)}
     params = {name: jax.random.normal(jax.random.fold_in(key, i), s) / 4 for i, (name, s) in enumerate(sizes.items())}
     rows = jax.random.normal(jax.random.fold_in(key, 3), (240, 6)) / 4
+    weights = jax.random.normal(jax.random.fold_in(key, 4), (240, 1))
     layout = align(groups, 4, block=block)
 
-    def walked(rows, params):
-        aligned = spread_rows(rows, layout.source, layout.slots)
-        y = block_swiglu(aligned, params, layout.expert, layout.live)
+    def walked(rows, params, weights):
+        aligned = (spread_rows(leaf, layout.source, layout.slots) for leaf in (rows, weights))
+        y = block_swiglu(next(aligned), params, next(aligned), layout.expert, layout.live)
         return jnp.sum(jnp.sin(collect_rows(y, layout.source, layout.slots)))
 
-    def dense(rows, params):
+    def dense(rows, params, weights):
         gate, up, down = (params[name][jnp.minimum(groups, 3)] for name in ("gate", "up", "down"))
         hidden = jax.nn.silu(jnp.einsum("rd,rdf->rf", rows, gate)) * jnp.einsum("rd,rdf->rf", rows, up)
-        return jnp.sum(jnp.sin(jnp.where(groups[:, None] < 4, jnp.einsum("rf,rfd->rd", hidden, down), 0)))
+        y = weights * jnp.einsum("rf,rfd->rd", hidden, down)
+        return jnp.sum(jnp.sin(jnp.where(groups[:, None] < 4, y, 0)))
 
-    np.testing.assert_allclose(walked(rows, params), dense(rows, params), rtol=1e-5)
-    assert_equal_twice(walked, dense, rows, params)
+    np.testing.assert_allclose(walked(rows, params, weights), dense(rows, params, weights), rtol=1e-5)
+    assert_equal_twice(walked, dense, rows, params, weights)
 
 
 def test_a_row_of_nan_stays_in_the_gradient_of_its_expert():
@@ -149,12 +151,30 @@ def test_a_row_of_nan_stays_in_the_gradient_of_its_expert():
 
     def total(params):
         aligned = spread_rows(rows, layout.source, layout.slots)
-        return jnp.sum(block_swiglu(aligned, params, layout.expert, layout.live))
+        return jnp.sum(block_swiglu(aligned, params, jnp.ones((len(aligned), 1)), layout.expert, layout.live))
 
     for name, gradient in jax.grad(total)(params).items():
         assert np.isnan(gradient[0]).any(), name
         assert np.all(np.asarray(gradient[1]) == 0), name
         assert np.isfinite(gradient[2]).all() and np.any(np.asarray(gradient[2])), name
+
+
+@pytest.mark.parametrize("precision", ["compute", "float8"])
+def test_twice_the_weight_is_exactly_twice_the_output(precision):
+    """Both forms of the experts; before the rounding to float8 a weight goes into the scale of its row."""
+    run = make_experts(random_experts(0), config_for("padded", expert_precision=precision))
+    x = jnp.array(np.random.default_rng(1).normal(size=(E * 8, D)), jnp.float32)
+    layout = align(jnp.repeat(jnp.arange(E, dtype=jnp.int32), 8), E, block=8)
+
+    def outputs(weight):
+        rows = spread_rows(x, layout.source, layout.slots)
+        aligned = run.blocks(rows, jnp.full((len(rows), 1), weight), layout)
+        uniform = run.uniform(x.reshape(E, 8, D), jnp.full((E, 8, 1), weight))
+        return collect_rows(aligned, layout.source, layout.slots), uniform.reshape(-1, D)
+
+    once, twice = outputs(0.375), outputs(0.75)
+    np.testing.assert_array_equal(jnp.stack(twice), 2 * jnp.stack(once))
+    np.testing.assert_allclose(*once, atol=1e-6)
 
 
 def test_sort_by_group_is_stable_and_counts():

@@ -70,15 +70,18 @@ def compiled_stack(policy):
 
 
 def test_recomputation_saves_memory_and_repeats_no_exchange_unasked():
-    """Property 29: values do not change, temporary memory falls, and all-to-all only doubles where it is asked for."""
+    """Property 29: values do not change, memory falls, and rows and their weights go out again only where asked for.
+
+    They never come back a second time.
+    """
     exchanges, memory, values = {}, {}, {}
     for policy in ("none", "elementwise", "experts", "full", "full_with_dispatch"):
         compiled, *arguments = compiled_stack(policy)
         exchanges[policy] = sum(item.kind == "all-to-all" for item in moe.audit(compiled))
         memory[policy] = compiled.memory_analysis().temp_size_in_bytes
         values[policy] = compiled(*arguments)
-    assert exchanges.pop("full_with_dispatch") > 4
-    assert set(exchanges.values()) == {4}, exchanges
+    assert exchanges.pop("full_with_dispatch") == 8
+    assert set(exchanges.values()) == {6}, exchanges  # out and back, and weights out, forward and backward
     assert memory["none"] > memory["experts"] > memory["full"] >= memory["full_with_dispatch"], memory
     assert memory["none"] > memory["elementwise"] > memory["full"], memory
     for policy in ("elementwise", "experts", "full", "full_with_dispatch"):
@@ -139,7 +142,7 @@ def test_a_ring_holds_what_the_policy_names_and_nothing_else():
     assert kept("full_with_dispatch") - mask == Counter([(2, 8, 16)])
     stream, heads, blocks, rows = (2, 8, 16), (2, 8, 4, 4), (2, 4, 1, 16, 4), (96, 16)  # padded to blocks of 16
     names = Counter({stream: 2, heads: 3})  # input and residual; q, k, v
-    names += Counter({blocks: 1, blocks[:-1]: 1, rows: 3})  # output of attention, normaliser; gate, up, down
+    names += Counter({blocks: 1, blocks[:-1]: 1, rows: 2})  # output of attention, normaliser; gate, up
     assert kept("elementwise") - mask == names + Counter([(16, 4), (16, 2), (16, 2)])  # logits; experts, which are kept
 
 
