@@ -2,9 +2,8 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,17 +11,16 @@ from experiments.alignment import arithmetic_task as task
 from experiments.alignment.arithmetic_run import (
     OBJECTIVES,
     ArithmeticSizes,
-    make_trainer,
     start_params,
     supervised_start,
-    train_run,
 )
 from experiments.alignment.comparison import median_steps, steps_to_reach
 from experiments.alignment.presets import PRESETS
 from experiments.alignment.rules import RULES, make_rule, rule_label
+from experiments.alignment.shared_program import Contestant, compiled_runs, stacked
 from experiments.common.study import Result, Study
 from jaxrl_suite.config import check, field
-from jaxrl_suite.pareto import non_dominated
+from jaxrl_suite.pareto import WeightRule, non_dominated
 from jaxrl_suite.types import Array
 
 if TYPE_CHECKING:
@@ -48,14 +46,13 @@ class ArithmeticConfig(ArithmeticSizes):
             check(name in RULES, argument="rules", value=name, rule="unknown rule", remedy=f"Rules: {', '.join(RULES)}")
 
 
-def _train(config: ArithmeticConfig, name: str, params: Any, keys: Array) -> dict[str, np.ndarray]:
-    """One rule, one compiled run, one seed after another."""
-    weights = jnp.asarray(config.base_weights)
-    rule = make_rule(name, weights / jnp.sum(weights), rate=config.rate, num_steps=config.num_steps)
-    trainer = make_trainer(config, rule, combine="gdpo" if name == "gdpo" else "reward")
-    one = jax.jit(lambda key: train_run(trainer, config, params, key))
-    traces = [jax.device_get(one(key)) for key in keys]
-    return {path: np.stack([getattr(trace, path) for trace in traces]) for path in traces[0]._fields}
+def _contestant(config: ArithmeticConfig, name: str) -> Contestant:
+    """A rule by its name; its settings are its base weights."""
+
+    def rule(weights: Array) -> WeightRule:
+        return make_rule(name, weights, rate=config.rate, num_steps=config.num_steps)
+
+    return Contestant(rule, config.num_steps, "gdpo" if name == "gdpo" else "reward")
 
 
 def run(run: "Run") -> Result:
@@ -63,11 +60,18 @@ def run(run: "Run") -> Result:
     config = run.config
     assert isinstance(config, ArithmeticConfig)
     trained = run.stage("supervised", lambda: supervised_start(config))
-    params = start_params(trained)
+    contest = {name: _contestant(config, name) for name in config.rules}
+    runs = compiled_runs(contest, config, start_params(trained))
+    weights = np.array(config.base_weights) / np.sum(config.base_weights)
+
+    def traces(name: str) -> dict[str, np.ndarray]:
+        # One seed after another: a vmap over parameters is slower here.
+        return stacked([runs[name](key, weights, config.learning_rate) for key in run.keys])
+
     summary: dict[str, float | int | str | bool | None] = {"supervised/loss_nats": float(trained["losses"][-1])}
     arrays: dict[str, np.ndarray] = {"rules": np.array(config.rules), "eval_every": np.array(config.eval_every)}
     for name in run.progress(config.rules, "weight rules"):
-        found = run.stage(f"rule_{name}", lambda name=name: _train(config, name, params, run.keys))
+        found = run.stage(f"rule_{name}", lambda name=name: traces(name))
         arrays.update({f"{name}/{key}": value for key, value in found.items()})
         final = found["points"][:, -1].mean(0)
         summary[f"{name}/archive_hypervolume"] = float(found["hypervolume"][:, -1].mean())

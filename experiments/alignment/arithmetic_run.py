@@ -144,11 +144,21 @@ def _evaluate(trainer: alignment.Trainer, config: ArithmeticSizes, params: Any, 
     return _point(prompts, generation, config.operation)
 
 
-def train_run(trainer: alignment.Trainer, config: ArithmeticSizes, params: Any, key: Array) -> Trace:
+def train_run(
+    trainer: alignment.Trainer, config: ArithmeticSizes, params: Any, key: Array, num_steps: Array | None = None
+) -> Trace:
     """A whole run from the supervised start; pure, so it jits and vmaps over keys and over what the rule closes over.
 
     The weight rule sees the objectives themselves (mean accuracy, length in units of the longest, clarity of the
     rollout); the policy is trained on the paper's three rewards.
+
+    Args:
+        trainer: the trainer.
+        config: sizes.
+        params: the supervised start.
+        key: consumed.
+        num_steps: int [], after how many of ``config.num_steps`` the run stops, so that runs of several lengths share a
+            program; what follows in the trace is 0. A multiple of ``config.eval_every``; by default all.
     """
     state_key, prompt_key, eval_key = jax.random.split(key, 3)
     state = alignment.init_trainer(state_key, trainer, params, num_objectives=3)
@@ -182,8 +192,15 @@ def train_run(trainer: alignment.Trainer, config: ArithmeticSizes, params: Any, 
         archive, gain, _overflow = archive_insert(archive, point, label=state.step)
         return (state, archive, tokens), (point, gain, tokens, *seen)
 
+    def block_in_time(carry: tuple[Any, Any, Array], index: Array) -> tuple[tuple[Any, Any, Array], Any]:
+        if num_steps is None:
+            return block(carry, index)
+        found = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(block, carry, index)[1])
+        running = index * config.eval_every <= num_steps
+        return jax.lax.cond(running, block, lambda same, _: (same, found), carry, index)
+
     carry = state, init_archive(rounds + 1, jnp.zeros(3)), jnp.zeros((), jnp.int32)
-    _, (points, gains, counts, weights, rewards) = jax.lax.scan(block, carry, jnp.arange(rounds + 1))
+    _, (points, gains, counts, weights, rewards) = jax.lax.scan(block_in_time, carry, jnp.arange(rounds + 1))
     return Trace(
         points=points,
         hypervolume=jnp.cumsum(gains),

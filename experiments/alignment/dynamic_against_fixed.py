@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,19 +11,16 @@ import numpy as np
 
 from experiments.alignment.arithmetic_run import (
     ArithmeticSizes,
-    Trace,
-    make_trainer,
     start_params,
     supervised_start,
-    train_run,
 )
 from experiments.alignment.comparison import at_tokens, interval
 from experiments.alignment.presets import PRESETS
-from experiments.alignment.rules import CANDIDATES, check_candidates, rule_label
+from experiments.alignment.rules import CANDIDATES, candidate_rule, check_candidates, rule_label
+from experiments.alignment.shared_program import Contestant, compiled_runs, stacked
 from experiments.common.study import Result, Study
 from jaxrl_suite import pareto
 from jaxrl_suite.config import check, field
-from jaxrl_suite.types import Array
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,45 +56,32 @@ class ProtocolConfig(ArithmeticSizes):
 
 
 class _Runs:
-    """Compiled runs: one program for all fixed weightings, one for each family of rules."""
+    """Compiled runs: fixed weightings, which may be longer, and the rules to choose from."""
 
     def __init__(self, run: "Run", config: ProtocolConfig, params: Any) -> None:
-        self.run, self.config, self.params = run, config, params
+        self.run = run
         total = config.tuning_seeds + config.test_seeds
         self.keys = jax.vmap(jax.random.fold_in, (None, 0))(run.key, np.arange(total))
         self.tuning, self.test = range(config.tuning_seeds), range(config.tuning_seeds, total)
         longer = int(config.num_steps * (1 + config.extra_steps)) // config.eval_every * config.eval_every
-        self.fixed_config = dataclasses.replace(config, num_steps=longer)
-        self._fixed = jax.jit(lambda key, weights, rate: self._train(
-            key, self.fixed_config, pareto.fixed_weights(weights), rate))  # fmt: skip
-        self._dynamic: dict[str, Any] = {}
+        contest = {"fixed": Contestant(pareto.fixed_weights, longer)}
+        for family in dict.fromkeys(candidate.split(":")[0] for candidate in config.candidates):
+            contest[family] = Contestant(candidate_rule(family, config.num_steps), config.num_steps)
+        self.compiled = compiled_runs(contest, config, params)
 
-    def _train(self, key: Array, config: ProtocolConfig, rule: pareto.WeightRule, rate: Array) -> Trace:
-        return train_run(make_trainer(config, rule, learning_rate=rate), config, self.params, key)
-
-    def _stage(self, name: str, seeds: range, one: Callable[[Array], Trace]) -> dict[str, np.ndarray]:
+    def _stage(self, name: str, seeds: range, contestant: str, settings: np.ndarray, rate: float) -> Any:
         """Traces of some seeds, one after another (a vmap over parameters is slower here), stored as one stage."""
-
-        def runs() -> dict[str, np.ndarray]:
-            traces = [jax.device_get(one(self.keys[seed])) for seed in seeds]
-            return {field: np.stack([getattr(trace, field) for trace in traces]) for field in Trace._fields}
-
-        return self.run.stage(name, runs)
+        one = self.compiled[contestant]
+        return self.run.stage(name, lambda: stacked([one(self.keys[seed], settings, rate) for seed in seeds]))
 
     def fixed(self, name: str, seeds: range, weights: np.ndarray, rate: float) -> dict[str, np.ndarray]:
         """Runs with weights that do not change."""
-        pair = jnp.asarray(weights, jnp.float32), jnp.float32(rate)
-        return self._stage(name, seeds, lambda key: self._fixed(key, *pair))
+        return self._stage(name, seeds, "fixed", weights, rate)
 
     def dynamic(self, name: str, seeds: range, candidate: str, rate: float) -> dict[str, np.ndarray]:
         """Runs under a rule."""
         family, setting = candidate.split(":")
-        if family not in self._dynamic:
-            make = CANDIDATES[family]
-            self._dynamic[family] = jax.jit(lambda key, setting, rate: self._train(
-                key, self.config, make(setting, self.config.num_steps), rate))  # fmt: skip
-        pair = jnp.float32(float(setting)), jnp.float32(rate)
-        return self._stage(name, seeds, lambda key: self._dynamic[family](key, *pair))
+        return self._stage(name, seeds, family, np.full(3, float(setting)), rate)
 
 
 def union_hypervolume(traces: list[np.ndarray]) -> float:

@@ -1,40 +1,32 @@
 """Two families of models and two tasks in one table: dynamic weight rules against equal fixed weights, equal tokens."""
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.alignment.arithmetic_run import (
     FAMILIES,
     OBJECTIVES,
     ArithmeticSizes,
-    Trace,
-    make_trainer,
     start_params,
     supervised_start,
-    train_run,
 )
 from experiments.alignment.comparison import at_tokens, interval, median_steps, steps_to_reach
 from experiments.alignment.presets import PRESETS
-from experiments.alignment.rules import CANDIDATES, check_candidates, rule_label
+from experiments.alignment.rules import candidate_rule, check_candidates, rule_label
+from experiments.alignment.shared_program import Contestant, compiled_runs, stacked
 from experiments.common.study import Result, Study
 from jaxrl_suite import pareto
 from jaxrl_suite.config import check, field
-from jaxrl_suite.types import Array
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from experiments.common.run import Run
-
-
-Contest = dict[str, tuple[pareto.WeightRule, "FamiliesConfig"]]  # contestant -> its rule and sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,67 +62,24 @@ class FamiliesConfig(ArithmeticSizes):
         ]
 
 
-def _one_of(rules: Sequence[pareto.WeightRule], number: Array) -> pareto.WeightRule:
-    """The rule with this number, which is traced, so that rules share a program."""
-
-    def moved(place: int) -> Callable[[tuple[Any, ...], pareto.Signals], tuple[tuple[Any, ...], Array]]:
-        def step(states: tuple[Any, ...], signals: pareto.Signals) -> tuple[tuple[Any, ...], Array]:
-            state, weights = rules[place].step(states[place], signals)
-            return (*states[:place], state, *states[place + 1 :]), weights
-
-        return step
-
-    def step(states: tuple[Any, ...], signals: pareto.Signals) -> tuple[tuple[Any, ...], Array]:
-        return jax.lax.switch(number, [moved(place) for place in range(len(rules))], states, signals)
-
-    reads = tuple(sorted({signal for rule in rules for signal in rule.reads}))
-    return pareto.WeightRule(lambda: tuple(rule.init() for rule in rules), step, reads)
-
-
-def _compiled_runs(contest: Contest, params: Any) -> dict[str, Callable[[Array], Trace]]:
-    """Of each contestant: its run as a function of the key; a program for each length, with and without influences."""
-    kinds: dict[Any, list[str]] = {}
-    for name, (rule, sizes) in contest.items():
-        # A rule with a gain acts on the rewards too, which the trainer sees from its state.
-        gain = isinstance(pareto.weight_gain(rule.init()), jax.Array)
-        kinds.setdefault((sizes, "influence" in rule.reads, name if gain else ""), []).append(name)
-
-    def program(names: list[str]) -> Callable[[Array, Array], Trace]:
-        rules, sizes = [contest[name][0] for name in names], contest[names[0]][1]
-
-        def run(number: Array, key: Array) -> Trace:
-            rule = rules[0] if len(rules) == 1 else _one_of(rules, number)
-            return train_run(make_trainer(sizes, rule), sizes, params, key)
-
-        return jax.jit(run)
-
-    return {
-        name: functools.partial(shared, jnp.int32(number))
-        for names, shared in ((names, program(names)) for names in kinds.values())
-        for number, name in enumerate(names)
-    }
-
-
-def _traces(one: Callable[[Array], Trace], keys: Array) -> dict[str, np.ndarray]:
-    """Traces of a contestant, one seed after another (a vmap over parameters is slower here)."""
-    traces = [jax.device_get(one(key)) for key in keys]
-    return {name: np.stack([getattr(trace, name) for trace in traces]) for name in Trace._fields}
-
-
 def _cell(run: "Run", name: str, config: FamiliesConfig) -> dict[str, dict[str, np.ndarray]]:
     """Traces of equal fixed weights and of every rule, from one supervised start."""
     params = start_params(run.stage(f"start_{name}", lambda: supervised_start(config)))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(run.key, np.arange(config.num_repeats))
     longer = int(config.num_steps * (1 + config.extra_steps)) // config.eval_every * config.eval_every
-    fixed = pareto.fixed_weights(jnp.full(3, 1 / 3)), dataclasses.replace(config, num_steps=longer)
-    contest: Contest = {"fixed": fixed}
+    contest = {"fixed": Contestant(pareto.fixed_weights, longer)}
+    settings = {"fixed": np.full(3, 1 / 3)}
     for rule in config.rules:
         family, setting = rule.split(":")
-        contest[family] = CANDIDATES[family](jnp.float32(float(setting)), config.num_steps), config
-    return {
-        key: run.stage(f"{name}_{key}", lambda one=one: _traces(one, keys))
-        for key, one in _compiled_runs(contest, params).items()
-    }
+        contest[family] = Contestant(candidate_rule(family, config.num_steps), config.num_steps)
+        settings[family] = np.full(3, float(setting))
+    runs = compiled_runs(contest, config, params)
+
+    def traces(contestant: str) -> dict[str, np.ndarray]:
+        # One seed after another: a vmap over parameters is slower here.
+        return stacked([runs[contestant](key, settings[contestant], config.learning_rate) for key in keys])
+
+    return {key: run.stage(f"{name}_{key}", lambda key=key: traces(key)) for key in contest}
 
 
 def _compare(config: FamiliesConfig, traces: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:

@@ -89,6 +89,11 @@ CANDIDATES: dict[str, Callable[[Array, int], pareto.WeightRule]] = {
 }
 
 
+def candidate_rule(name: str, num_steps: int) -> Callable[[Array], pareto.WeightRule]:
+    """A candidate as a rule of settings [3], all the same, the shape in which :mod:`shared_program` takes them."""
+    return lambda settings: CANDIDATES[name](settings[0], num_steps)
+
+
 def _equal() -> Array:
     return jnp.full(3, 1 / 3)
 

@@ -1,7 +1,5 @@
 """The studies of alignment: the language of sums and products, runs compared, answers judged by their last number."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +8,14 @@ import pyarrow.parquet
 import pytest
 
 from experiments.alignment import arithmetic_task as task
-from experiments.alignment import families
-from experiments.alignment.arithmetic_run import ArithmeticSizes, make_model, make_trainer
+from experiments.alignment import shared_program
+from experiments.alignment.arithmetic_run import ArithmeticSizes, Trace, make_model, make_trainer, train_run
 from experiments.alignment.comparison import at_tokens, interval, median_steps, steps_to_reach
 from experiments.alignment.families import FamiliesConfig, _compare
 from experiments.alignment.own_data import OwnDataConfig, _Session
 from experiments.alignment.questions import encode_prompt, load_task
-from experiments.alignment.rules import CANDIDATES, rule_label
+from experiments.alignment.rules import candidate_rule, rule_label
+from experiments.alignment.shared_program import Contestant, compiled_runs
 from jaxrl_suite import lm, pareto
 from jaxrl_suite.alignment.tasks import parquet_task
 
@@ -92,31 +91,48 @@ def test_a_rule_is_compared_with_the_fixed_run_of_its_seed():
 
 
 def test_rules_that_share_a_program_keep_to_themselves(monkeypatch):
-    """Each contestant's weights are its own; influences, a gain and another length have programs of their own."""
+    """Each contestant's weights are its own, at its own length; influences and a gain have programs of their own."""
     traced = []
 
-    def three_steps(trainer, sizes, params, key):
-        traced.append("influence" in trainer.rule.reads)
+    def three_steps(trainer, sizes, params, key, num_steps):
+        traced.append(("influence" in trainer.rule.reads, sizes.num_steps))
         state, weights = trainer.rule.init(), []
         for t in range(3):
             rewards = jax.random.uniform(jax.random.fold_in(key, t), (3, 2, 4))
             signals = pareto.Signals(rewards.mean((1, 2)), rewards[:, 0, 0], rewards, rewards.sum(0))
             state, used = trainer.rule.step(state, signals)
             weights.append(used * pareto.weight_gain(state) * params)
-        return jnp.stack(weights)
+        weights = jnp.stack(weights)
+        return Trace(weights, weights[:, 0], weights[:, 1], weights, jnp.full((3, 3), num_steps))
 
-    monkeypatch.setattr(families, "train_run", three_steps)
-    config = FamiliesConfig(num_steps=2, eval_every=1)
+    monkeypatch.setattr(shared_program, "train_run", three_steps)
+    config = ArithmeticSizes(num_steps=2, eval_every=1)
     settings = {"saw": 0.9, "sweep": 0.5, "influence": 0.1, "hypervolume_gain": 1.0}
-    contest = {name: (CANDIDATES[name](jnp.float32(value), 2), config) for name, value in settings.items()}
-    contest["fixed"] = pareto.fixed_weights(jnp.full(3, 1 / 3)), dataclasses.replace(config, num_steps=3)
-    runs = families._compiled_runs(contest, 2.0)
-    key = jax.random.key(5)
-    found = {name: run(key) for name, run in runs.items()}
-    assert sorted(traced) == [False, False, False, True]  # saw and sweep; the gain; the longer run; influence
-    for name, (rule, sizes) in contest.items():
-        np.testing.assert_allclose(found[name], three_steps(make_trainer(sizes, rule), sizes, 2.0, key), rtol=1e-6)
-    assert len({np.asarray(weights).tobytes() for weights in found.values()}) == len(contest)
+    contest = {name: Contestant(candidate_rule(name, 2), 2) for name in settings}
+    contest["fixed"], settings["fixed"] = Contestant(pareto.fixed_weights, 3), [0.2, 0.3, 0.5]
+    runs, key = compiled_runs(contest, config, 2.0), jax.random.key(5)
+    found = {name: run(key, np.broadcast_to(settings[name], 3), 1e-3) for name, run in runs.items()}
+    assert sorted(traced) == [(False, 2), (False, 3), (True, 2)]  # the gain; saw, sweep and the longer run; influence
+    for name, (rule, length, _) in contest.items():
+        own = make_trainer(config, rule(jnp.broadcast_to(jnp.float32(settings[name]), 3)))
+        expected = three_steps(own, config, 2.0, key, length)
+        np.testing.assert_allclose(found[name].points, expected.points[: length + 1], rtol=1e-6)
+        np.testing.assert_allclose(found[name].weights, expected.weights[:length], rtol=1e-6)
+        np.testing.assert_array_equal(found[name].rewards, np.full((length, 3), length))
+    assert len({trace.weights[:2].tobytes() for trace in found.values()}) == len(contest)
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_early_is_the_start_of_a_longer_one():
+    """Checkpoints, weights and tokens of the first steps are those of the whole run; afterwards there is nothing."""
+    sizes = ArithmeticSizes(digits=1, width=16, num_layers=1, num_steps=4, eval_every=2, num_prompts=2, num_eval=4)
+    trainer = make_trainer(sizes, pareto.saw_weights(jnp.full(3, 1 / 3), decay=0.9))
+    params = lm.init_params(jax.random.key(0), make_model(sizes).config)
+    run = jax.jit(lambda num_steps: train_run(trainer, sizes, params, jax.random.key(1), num_steps))
+    whole, part = run(4), run(2)
+    for name in Trace._fields:  # two checkpoints (the start is one), two steps
+        np.testing.assert_array_equal(getattr(part, name)[:2], getattr(whole, name)[:2])
+    assert not np.any(part.points[2:]) and np.any(whole.points[2:]) and not np.any(part.weights[2:])
 
 
 @pytest.mark.parametrize(
