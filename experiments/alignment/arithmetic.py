@@ -60,13 +60,14 @@ def run(run: "Run") -> Result:
     config = run.config
     assert isinstance(config, ArithmeticConfig)
     trained = run.stage("supervised", lambda: supervised_start(config))
+    keys, rate = run.keys, config.learning_rate
     contest = {name: _contestant(config, name) for name in config.rules}
     runs = compiled_runs(contest, config, start_params(trained))
     weights = np.array(config.base_weights) / np.sum(config.base_weights)
 
     def traces(name: str) -> dict[str, np.ndarray]:
         # One seed after another: a vmap over parameters is slower here.
-        return stacked([runs[name](key, weights, config.learning_rate) for key in run.keys])
+        return stacked([runs[name](key, weights, rate) for key in keys])
 
     summary: dict[str, float | int | str | bool | None] = {"supervised/loss_nats": float(trained["losses"][-1])}
     arrays: dict[str, np.ndarray] = {"rules": np.array(config.rules), "eval_every": np.array(config.eval_every)}

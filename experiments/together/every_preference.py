@@ -2,8 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -81,9 +81,14 @@ def run(run: "Run") -> Result:
         found = run.stage(f"explore_{name}", lambda name=name: _explored(world, config, truth, keys[name], name))
         rows[name] = found
         series.append(name)
-    rows["fixed"] = run.stage("fixed", lambda: _fixed(world, config, truth, keys["fixed"]))
+    agents = _sweeping_agents(world, config)
+    rows["fixed"] = run.stage("fixed", lambda: _fixed(config, truth, keys["fixed"], agents))
+    learn = {
+        "schedule": lambda: _swept(world, config, truth, keys["schedule"], agents),
+        "hypervolume_gradient": lambda: _by_hypervolume(world, config, truth, keys["hypervolume_gradient"]),
+    }
     for name in config.rules:
-        rows[name] = run.stage(f"dynamic_{name}", lambda name=name: _dynamic(world, config, truth, keys[name], name))
+        rows[name] = run.stage(f"dynamic_{name}", learn[name])
     series += ["fixed", *config.rules]
     proof = run.stage("proof", lambda: _proof(world, config, proof_key))
     best = float(truth["hypervolume"])
@@ -114,17 +119,17 @@ def run(run: "Run") -> Result:
 def _truth(world: preferences.World, config: EveryPreferenceConfig) -> dict[str, np.ndarray]:
     """The true front by exact planning, the reference point a little below the worst value on it, and what planning
     in the model before any episode reaches."""
-    weights = preferences.weightings(config.num_weightings)
-    planner = jax.jit(lambda model: preferences.plan_all(world, model, weights).true)
-    values = jax.block_until_ready(planner(world.mdp.kernel()))
+    weights, kernel = preferences.weightings(config.num_weightings), world.mdp.kernel()
+    values = jax.block_until_ready(_plan_all(world, kernel, weights)).true
     began = time.perf_counter()
-    jax.block_until_ready(planner(world.mdp.kernel()))
+    jax.block_until_ready(_plan_all(world, kernel, weights))
     seconds = time.perf_counter() - began
     front = preferences.corners(values)
     reference = front.min(0) - 0.05 * (front.max(0) - front.min(0))
-    volume = pareto.hypervolume(preferences.padded(front), jnp.asarray(reference))
+    measure = preferences.measures(jnp.asarray(reference), config.slack)
+    volume = measure(preferences.padded(front), jnp.asarray(front))[0]
     found = {"front": front, "reference": reference, "hypervolume": np.asarray(volume), "seconds": np.array(seconds)}
-    nominal = planner(world.mdp.kernel(world.mdp.nominal))
+    nominal = _plan_all(world, world.mdp.kernel(world.mdp.nominal), weights).true
     blind = _quality(found, config, [nominal[None]])
     return found | {f"unexplored_{name}": value[0, 0] for name, value in blind.items()}
 
@@ -136,49 +141,69 @@ def _explored(world, config: EveryPreferenceConfig, truth, keys, name: str) -> d
     @jax.jit
     def one(key):
         found = preferences.explore_at(key, world.mdp, settings, HParams(), config.episodes)
-        models = jnp.stack([exploration.model for exploration in found])
-        return jax.lax.map(lambda model: preferences.plan_all(world, model, weights).true, models)
+        return [exploration.model for exploration in found]
 
-    values = np.stack([np.asarray(one(key)) for key in keys])  # [runs, totals, W, K]
+    fronts = [[_plan_all(world, model, weights).true for model in one(key)] for key in keys]
+    values = np.asarray(fronts)  # [runs, totals, W, K]
     return _quality(truth, config, values.swapaxes(0, 1)) | {"shown": preferences.corners(values[0, -1])}
 
 
-def _fixed(world, config: EveryPreferenceConfig, truth, keys) -> dict[str, np.ndarray]:
+_plan_all = jax.jit(preferences.plan_all)
+# values [N, T, K] and models of N agents = agents(keys [N], first and last weighting [K], episodes they play)
+_Agents = Callable[[Any, Any, Any, int], tuple[jax.Array, jax.Array]]
+
+
+def _sweeping_agents(world, config: EveryPreferenceConfig) -> _Agents:
+    """Agents whose weights travel from one weighting to another: one program for all of them and any number of
+    episodes, since weights that do not change begin where they end."""
+
+    def one(key, first, last, count):
+        rule = preferences.sweep_rule(count, first, last)
+        total = config.episodes[-1]
+        return preferences.learn_dynamic(key, world, _learner(config), rule, first, total, num_played=count)[:2]
+
+    return jax.jit(jax.vmap(one, (0, None, None, None)))
+
+
+def _fixed(config: EveryPreferenceConfig, truth, keys, agents: _Agents) -> dict[str, np.ndarray]:
     weights = jnp.asarray(preferences.weightings(config.num_fixed))
-    settings, share = _learner(config), config.episodes[-1] // config.num_fixed
-    learn = jax.jit(jax.vmap(lambda key: preferences.learn_fixed(key, world, settings, weights, share)))
-    values = np.asarray(learn(keys)[0])  # [runs, M, episodes, K]
+    share = config.episodes[-1] // config.num_fixed
+    of_agent = jax.vmap(lambda key: jax.random.split(key, config.num_fixed))(keys)  # [runs, M]
+    played = [agents(of_agent[:, m], weight, weight, share)[0][:, :share] for m, weight in enumerate(weights)]
+    values = np.stack(played, axis=1)  # [runs, M, episodes, K]
     # The first T / M episodes of each agent are what it would have played with T episodes for all.
     totals = [values[:, :, : total // config.num_fixed].reshape(len(keys), -1, 2) for total in config.episodes]
     return _quality(truth, config, totals) | {"shown": preferences.corners(totals[-1][0])}
 
 
-def _dynamic(world, config: EveryPreferenceConfig, truth, keys, name: str) -> dict[str, np.ndarray]:
-    first, weights = jnp.asarray(preferences.weightings(2)[0]), preferences.weightings(501)
-    totals, reused = [], None
-    # A sweep fits its number of episodes; the other rule does not know it, so that its first episodes serve all totals.
-    lengths = config.episodes if name == "schedule" else config.episodes[-1:]
-    for length in lengths:
-        rule = _rule(name, length, truth)
+def _swept(world, config: EveryPreferenceConfig, truth, keys, agents: _Agents) -> dict[str, np.ndarray]:
+    """Weights from one end to the other; a sweep fits its number of episodes, so that each has agents of its own."""
+    last, first = jnp.asarray(preferences.weightings(2))[::-1]
+    totals, models = [], None
+    for length in config.episodes:
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, length)
+        values, models = agents(own, first, last, length)
+        totals.append(np.asarray(values[:, :length]))
+    return _dynamic(world, config, truth, totals, models)
 
-        def one(key, rule=rule, length=length):
-            values, model, _ = preferences.learn_dynamic(key, world, _learner(config), rule, first, length)
-            return values, preferences.plan_all(world, model, weights).true
 
-        values, planned = jax.jit(jax.vmap(one))(jax.vmap(jax.random.fold_in, (0, None))(keys, length))
-        totals.append(np.asarray(values))
-        reused = np.asarray(planned)
-    if len(lengths) == 1:
-        totals = [totals[0][:, :total] for total in config.episodes]
+def _by_hypervolume(world, config: EveryPreferenceConfig, truth, keys) -> dict[str, np.ndarray]:
+    """The rule does not know how many episodes there are, so that its first ones serve all totals."""
+    first, total = jnp.asarray(preferences.weightings(2)[0]), config.episodes[-1]
+    rule = pareto.hypervolume_gradient_weights(jnp.full(2, 0.5), jnp.asarray(truth["reference"]), capacity=32)
+
+    def one(key):
+        return preferences.learn_dynamic(key, world, _learner(config), rule, first, total)[:2]
+
+    values, models = jax.jit(jax.vmap(one))(jax.vmap(jax.random.fold_in, (0, None))(keys, total))
+    return _dynamic(world, config, truth, [np.asarray(values[:, :total]) for total in config.episodes], models)
+
+
+def _dynamic(world, config: EveryPreferenceConfig, truth, totals, models) -> dict[str, np.ndarray]:
+    """Measures of the policies that were played, and of planning in the last models."""
+    reused = np.stack([_plan_all(world, model, preferences.weightings(501)).true for model in models])
     volumes = _quality(truth, config, [reused])["hypervolume"][0]
     return _quality(truth, config, totals) | {"shown": preferences.corners(totals[-1][0]), "reused": volumes}
-
-
-def _rule(name: str, length: int, truth: Mapping[str, np.ndarray]) -> pareto.WeightRule:
-    if name == "schedule":
-        return preferences.sweep_rule(length)
-    equal = jnp.full(2, 0.5)
-    return pareto.hypervolume_gradient_weights(equal, jnp.asarray(truth["reference"]), capacity=32)
 
 
 def _learner(config: EveryPreferenceConfig) -> ExplorerConfig:
@@ -209,11 +234,11 @@ def _proof(world, config: EveryPreferenceConfig, key: jax.Array) -> dict[str, np
         state = init_explorer(key, world.mdp, settings, hparams)
         state, history = advance(world.mdp, settings, hparams, state, jnp.int32(0), config.proof_episodes)
         found = finish(world.mdp, settings, state, history)
-        sealed = certificate(world.mdp, settings, hparams, found)
-        return sealed, preferences.plan_all(world, found.model, weights), found.finite
+        return certificate(world.mdp, settings, hparams, found), found.model, found.finite
 
-    sealed, front, finite = prove(key)
-    exact = jax.jit(lambda: preferences.plan_all(world, world.mdp.kernel(), weights).true)()
+    sealed, model, finite = prove(key)
+    front = _plan_all(world, model, weights)
+    exact = _plan_all(world, world.mdp.kernel(), weights).true
     loss = jnp.sum(weights * (exact - front.true), axis=1)
     half = jnp.minimum(1.0, sealed.pooled / 2)  # |value in the model - value in truth| of every plan and reward
     order = np.argsort(np.asarray(front.claimed)[:, 0], kind="stable")

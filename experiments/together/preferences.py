@@ -139,29 +139,6 @@ def explore_at(
     return found
 
 
-def learn_fixed(
-    key: PRNGKey, world: World, config: ExplorerConfig, weights: Array, num_episodes: int
-) -> tuple[Array, Array]:
-    """An agent for each of M fixed weightings, each with so many episodes, told its reward from the start.
-
-    Args:
-        key: consumed.
-        world: the world.
-        config: with ``algorithm="hf_ucrl_vtr_plus"``.
-        weights: [M, K].
-        num_episodes: episodes of each agent.
-
-    Returns:
-        True values [M, num_episodes, K] of every policy that was played, and the last models [M, S, A, N].
-    """
-
-    def one(key: PRNGKey, weight: Array) -> tuple[Array, Array]:
-        rule = pareto.WeightRule(lambda: (), lambda state, signals: (state, weight))
-        return learn_dynamic(key, world, config, rule, weight, num_episodes)[:2]
-
-    return jax.vmap(one)(jax.random.split(key, weights.shape[0]), weights)
-
-
 def learn_dynamic(
     key: PRNGKey,
     world: World,
@@ -170,6 +147,7 @@ def learn_dynamic(
     first: Array,
     num_episodes: int,
     *,
+    num_played: Array | None = None,
     memory: float = 0.8,
 ) -> tuple[Array, Array, Array]:
     """One agent whose weights follow a rule from episode to episode, told the weighted reward of each.
@@ -183,6 +161,8 @@ def learn_dynamic(
         rule: weight rule on the objectives.
         first: [K], weights of the first episode.
         num_episodes: K of the explorer.
+        num_played: int [], after how many episodes the agent stops, so that agents of several lengths share a program;
+            what is returned of later ones says nothing. By default all are played.
         memory: of the running mean.
 
     Returns:
@@ -200,18 +180,32 @@ def learn_dynamic(
         rule_state, following = rule.step(rule_state, pareto.Signals(objectives=mean))
         return (state, rule_state, following.astype(weights.dtype), mean), (state.inner.answer.policy, weights, record)
 
+    def episode_in_time(carry, number):
+        if num_played is None:
+            return episode(carry, number)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(episode, carry, number)[1])
+        return jax.lax.cond(number < num_played, episode, lambda same, _: (same, nothing), carry, number)
+
     start = (init_explorer(key, mdp, config, hparams), rule.init(), first, jnp.zeros_like(first))
-    (state, *_), (policies, weights, records) = jax.lax.scan(episode, start, jnp.arange(num_episodes))
+    (state, *_), (policies, weights, records) = jax.lax.scan(episode_in_time, start, jnp.arange(num_episodes))
     history = jax.tree.map(lambda part: part.reshape(num_episodes, *part.shape[2:]), records)
     return values_of(world, policies), finish(mdp, config, state, history).model, weights
 
 
-def sweep_rule(num_episodes: int) -> pareto.WeightRule:
-    """A schedule from one end of the weightings to the other within the episodes."""
+def sweep_rule(num_episodes: int | Array, first: Array | None = None, last: Array | None = None) -> pareto.WeightRule:
+    """A schedule from one weighting to another within the episodes.
+
+    Args:
+        num_episodes: may be traced.
+        first: [K], where it begins; by default all weight is on the second of two objectives.
+        last: [K], where it ends; by default all weight is on the first.
+    """
+    first = jnp.array([0.0, 1.0]) if first is None else first
+    last = first[::-1] if last is None else last
 
     def schedule(step: Array) -> Array:
-        share = jnp.minimum((step + 1) / max(1, num_episodes - 1), 1.0)
-        return jnp.stack([share, 1 - share])
+        share = jnp.minimum((step + 1) / jnp.maximum(1, num_episodes - 1), 1.0)
+        return first + share * (last - first)
 
     return pareto.scheduled_weights(schedule)
 

@@ -84,6 +84,25 @@ def test_constant_weights_are_an_agent_told_its_reward(x64):
     np.testing.assert_array_equal(weights, np.tile(weight, (3, 1)))
 
 
+def test_agents_of_several_lengths_share_a_program(x64):
+    """One that stops early is the start of one that goes on, and its model is that of an agent of this length."""
+    here = preferences.windy_rooms(HORIZON)
+    config = ExplorerConfig(algorithm="hf_ucrl_vtr_plus", horizon=HORIZON, num_episodes=3, output="final")
+    first, key = jnp.array([0.0, 1.0]), jax.random.key(2)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def learn(num_played, num_episodes, last):
+        rule = preferences.sweep_rule(num_played, first, last)
+        return preferences.learn_dynamic(key, here, config, rule, first, num_episodes, num_played=num_played)
+
+    values, model, weights = learn(2, 3, first[::-1])
+    alone, own_model, _ = learn(2, 2, first[::-1])
+    np.testing.assert_allclose(values[:2], alone, atol=1e-12)
+    np.testing.assert_allclose(model, own_model, atol=1e-12)
+    np.testing.assert_allclose(weights[:2], [[0, 1], [1, 0]], atol=1e-12)
+    np.testing.assert_array_equal(learn(3, 3, first)[2], np.tile(first, (3, 1)))  # begins where it ends: fixed weights
+
+
 def test_bad_input():
     for field, value, words in (
         ("episodes", (8, 4), "must increase"),
