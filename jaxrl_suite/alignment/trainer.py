@@ -33,13 +33,24 @@ def rollout(trainer: Trainer, state: TrainerState, prompts: Array, mask: Array) 
 
 
 def rollout_with_laws(
-    trainer: Trainer, state: TrainerState, prompts: Array, mask: Array, *, hparams: TrainerHParams | None = None
+    trainer: Trainer,
+    state: TrainerState,
+    prompts: Array,
+    mask: Array,
+    *,
+    hparams: TrainerHParams | None = None,
+    spare: Any = None,
 ) -> tuple[Generation, Any]:
-    """:func:`rollout`, and the laws that tokens were drawn from where :func:`update` can use them again; else None."""
+    """:func:`rollout`, and the laws that tokens were drawn from where :func:`update` can use them again; else None.
+
+    ``spare`` may be the laws of the step before, once its update has read them: their memory is written over, and they
+    are deleted.
+    """
     known_slope = slope_is_known(trainer, state.reference, TrainerHParams() if hparams is None else hparams)
     request = _request(trainer, state, prompts, mask)
     if trainer.early is not None and known_slope:
-        return trainer.early.generate(*request, group=trainer.config.group_size)
+        options = {} if spare is None else {"spare": spare}  # not every policy can use it
+        return trainer.early.generate(*request, group=trainer.config.group_size, **options)
     return trainer.policy.generate(*request), None
 
 

@@ -10,6 +10,7 @@ from jaxrl_suite.lm.config import LanguageModelConfig
 from jaxrl_suite.lm.decoder import block_with_state, embed, head, layer_groups, num_layers
 from jaxrl_suite.lm.feed_forward import default_feed_forward
 from jaxrl_suite.lm.layers import row_major, wide
+from jaxrl_suite.lm.rope import rope_tables
 from jaxrl_suite.types import Array, FeedForward, Params, SequenceLaw
 
 
@@ -35,6 +36,8 @@ class DecodeState(NamedTuple):
         start: int32 [B], first column that is not padding.
         length: int32 [], columns filled so far.
         logits: [B, V], of the next token.
+        rotation: cosine and sine of every position, [S, C / 2] each. Read rather than computed in a step: XLA would
+            take them anew for every head of every layer.
     """
 
     keys: Any
@@ -42,6 +45,7 @@ class DecodeState(NamedTuple):
     start: Array
     length: Array
     logits: Array
+    rotation: tuple[Array, Array]
 
 
 def decode_params(params: Params, config: LanguageModelConfig) -> DecodeParams:
@@ -123,7 +127,8 @@ def prefill(
     if isinstance(params, DecodeParams):
         keys, values = tuple(keys), tuple(values)
     logits = head(whole, x[:, -1:], config=config)[:, 0]
-    return DecodeState(keys, values, start, jnp.asarray(length, jnp.int32), logits)
+    rotation = rope_tables(jnp.arange(capacity, dtype=jnp.int32), config, wide(x.dtype))
+    return DecodeState(keys, values, start, jnp.asarray(length, jnp.int32), logits, rotation)
 
 
 def decode_step(
@@ -148,6 +153,7 @@ def decode_step(
     """
     whole = params.params if isinstance(params, DecodeParams) else params
     positions = (state.length - state.start)[:, None]
+    cos, sin = (jnp.take(table, positions, axis=0, mode="clip") for table in state.rotation)
     feed_forward = default_feed_forward(config) if feed_forward is None else feed_forward
 
     def layer(x: Array, layer_params: Params, keys: Array, values: Array, window: Any) -> tuple[Array, Any]:
@@ -157,7 +163,7 @@ def decode_step(
             return _attend_to_cache(q, new_keys, new_values, state, window), (new_keys, new_values)
 
         x, _, kept = block_with_state(
-            layer_params, x, positions, config=config, feed_forward=feed_forward, attend=attend
+            layer_params, x, positions, config=config, feed_forward=feed_forward, attend=attend, rotation=(cos, sin)
         )
         return x, kept
 
@@ -177,7 +183,7 @@ def decode_step(
             lambda x, item: layer(x, *item), x, (whole["layers"], state.keys, state.values, window)
         )
     logits = head(whole, x, config=config)[:, 0]
-    return DecodeState(keys, values, state.start, state.length + 1, logits)
+    return state._replace(keys=keys, values=values, length=state.length + 1, logits=logits)
 
 
 def _attend_to_cache(q: Array, keys: Array, values: Array, state: DecodeState, window: Any) -> Array:
@@ -201,7 +207,7 @@ def repeat_state(state: DecodeState, size: int) -> DecodeState:
     axis = 0 if isinstance(state.keys, tuple) else 1
     keys, values = jax.tree.map(lambda x: jnp.repeat(x, size, axis=axis), (state.keys, state.values))
     start, logits = (jnp.repeat(x, size, axis=0) for x in (state.start, state.logits))
-    return DecodeState(keys, values, start, state.length, logits)
+    return state._replace(keys=keys, values=values, start=start, logits=logits)
 
 
 def decoder_law(

@@ -45,7 +45,12 @@ def embed(params: Params, tokens: Array, *, config: LanguageModelConfig, paralle
 
 
 def queries_keys_values(
-    params: Params, x: Array, positions: Array, *, config: LanguageModelConfig
+    params: Params,
+    x: Array,
+    positions: Array,
+    *,
+    config: LanguageModelConfig,
+    rotation: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array, Array]:
     """Projections of normalised activations, with bias, head norm and rotation.
 
@@ -54,6 +59,7 @@ def queries_keys_values(
         x: [B, T, D], after the norm and ``parallel.before_column``.
         positions: int32 [B, T].
         config: read for the rotation and the norm.
+        rotation: :func:`rope_tables` of the positions, where the caller has them.
 
     Returns:
         q [B, T, Hq, C], k and v [B, T, Hk, C].
@@ -74,7 +80,7 @@ def queries_keys_values(
     if "query_norm" in params:
         q = rms_norm(q, params["query_norm"], config.norm_eps)
         k = rms_norm(k, params["key_norm"], config.norm_eps)
-    cos, sin = rope_tables(positions, config, wide(x.dtype))
+    cos, sin = rope_tables(positions, config, wide(x.dtype)) if rotation is None else rotation
     return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
@@ -87,15 +93,18 @@ def block_with_state(
     feed_forward: FeedForward,
     attend: AttendWithState,
     parallel: Parallel = IDENTITY,
+    rotation: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Any, Any]:
     """:func:`block` with an attention that returns a state beside its output, for caches.
+
+    ``rotation`` is that of :func:`queries_keys_values`.
 
     Returns:
         ``(x [B, T, D], aux, state)``.
     """
     attention = params["attention"]
     h = rms_norm(x, params["attention_norm"]["scale"], config.norm_eps)
-    q, k, v = queries_keys_values(attention, parallel.before_column(h), positions, config=config)
+    q, k, v = queries_keys_values(attention, parallel.before_column(h), positions, config=config, rotation=rotation)
     y, state = attend(q, k, v)
     y = parallel.after_row(project(y, attention["output"], num_inputs=2, accumulate=config.accumulate_dtype))
     x = checkpoint_name(x + y, "residual")

@@ -78,11 +78,13 @@ def generate_and_keep(
     sampling: Sampling,
     loop: Loop = "while",
     keep: bool = True,
+    spare: Array | None = None,
 ) -> tuple[Generation, Mass | None]:
     """:func:`generate_from_law` and, if asked, the laws that the tokens were drawn from, [T, B, V].
 
-    Time comes first, so that every step writes one piece in place. Steps that were not taken have no mass. None
-    without ``keep`` and for greedy rows, which are not drawn.
+    Time comes first, so that every step writes one piece in place. Steps that were not taken have a total of 0. None
+    without ``keep`` and for greedy rows, which are not drawn. ``spare`` [T, B, V] is memory for the powers, which need
+    not be filled with zeros then; those of steps that were not taken keep what it held.
     """
     keys = row_keys(key, row_ids)
     stops = jnp.asarray(sampling.stop_tokens, jnp.int32)
@@ -105,8 +107,10 @@ def generate_and_keep(
         state, logits = law.step(params, state, token)
         return state, sample(logits, step, done)
 
-    run = _run_scan if loop == "scan" else _run_while
-    drawn = run(advance, state, first, sampling.max_tokens)
+    if loop == "scan":
+        drawn = _run_scan(advance, state, first, sampling.max_tokens)
+    else:
+        drawn = _run_while(advance, state, first, sampling.max_tokens, spare)
     tokens = jnp.where(drawn.real, drawn.token, jnp.asarray(sampling.pad_token, jnp.int32))
     return Generation(tokens.T, drawn.log_prob.T, drawn.real.T), drawn.laws
 
@@ -131,10 +135,17 @@ def _run_scan(advance: Any, state: Any, first: tuple[_Drawn, Array], max_tokens:
     return jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), drawn, rest)
 
 
-def _run_while(advance: Any, state: Any, first: tuple[_Drawn, Array], max_tokens: int) -> _Drawn:
+def _run_while(advance: Any, state: Any, first: tuple[_Drawn, Array], max_tokens: int, spare: Array | None) -> _Drawn:
     drawn, done = first
-    put = jax.lax.dynamic_update_index_in_dim  # unlike ``at``, it does not read what it replaces
-    record = jax.tree.map(lambda one: jnp.zeros((max_tokens, *one.shape), one.dtype).at[0].set(one), drawn)
+
+    def write(record: _Drawn, new: _Drawn, step: Array | int) -> _Drawn:
+        put = jax.lax.dynamic_update_index_in_dim  # unlike ``at``, it does not read what it replaces
+        return jax.tree.map(lambda all_, one: put(all_, one, step, axis=0), record, new)
+
+    record = jax.tree.map(lambda one: jnp.zeros((max_tokens, *one.shape), one.dtype), drawn)
+    if spare is not None and record.laws is not None:
+        record = record._replace(laws=record.laws._replace(powers=spare))
+    record = write(record, drawn, 0)
 
     def unfinished(carry: tuple[Any, ...]) -> Array:
         _, _, done, step, _ = carry
@@ -143,8 +154,7 @@ def _run_while(advance: Any, state: Any, first: tuple[_Drawn, Array], max_tokens
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         state, token, done, step, record = carry
         state, (drawn, done) = advance(state, token, done, step)
-        record = jax.tree.map(lambda all_, new: put(all_, new, step, axis=0), record, drawn)
-        return state, drawn.token, done, step + 1, record
+        return state, drawn.token, done, step + 1, write(record, drawn, step)
 
     return jax.lax.while_loop(unfinished, body, (state, drawn.token, done, jnp.ones((), jnp.int32), record))[-1]
 

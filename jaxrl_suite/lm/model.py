@@ -1,6 +1,7 @@
 """The model as an object: a thin Linen module, and the functions that take it."""
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -78,7 +79,11 @@ def weighted_token_log_probs(
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "loop", "unrolled", "keep", "group"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "sampling", "loop", "unrolled", "keep", "group"),
+    donate_argnames=("spare",),
+)
 def _generate(
     key: PRNGKey,
     params: Params | DecodeParams,
@@ -92,11 +97,14 @@ def _generate(
     unrolled: bool,
     keep: bool,
     group: int,
+    spare: Array | None,
 ) -> tuple[Generation, Mass | None]:
     if unrolled and not isinstance(params, DecodeParams):
         params = decode_params(params, config)
     law = decoder_law(config, max_tokens=sampling.max_tokens, group=group)
-    return generate_and_keep(key, law, params, prompts, mask, row_ids=row_ids, sampling=sampling, loop=loop, keep=keep)
+    return generate_and_keep(
+        key, law, params, prompts, mask, row_ids=row_ids, sampling=sampling, loop=loop, keep=keep, spare=spare
+    )
 
 
 def generate(
@@ -154,6 +162,7 @@ def _checked(
     unrolled: bool | None = None,
     keep: bool,
     group: int = 1,
+    spare: Array | None = None,
 ) -> tuple[Generation, Mass | None]:
     config = model.config
     check_key(key)
@@ -162,7 +171,7 @@ def _checked(
         unrolled = isinstance(params, DecodeParams) or (jax.default_backend() == "cpu" and config.num_layers <= 64)
     return _generate(
         key, params, jnp.asarray(prompts), jnp.asarray(mask), jnp.asarray(row_ids),
-        config=config, sampling=sampling, loop=loop, unrolled=unrolled, keep=keep, group=group,
+        config=config, sampling=sampling, loop=loop, unrolled=unrolled, keep=keep, group=group, spare=spare,
     )  # fmt: skip
 
 
@@ -199,16 +208,34 @@ def early_gradient(model: LanguageModel, *, temperature: float = 1.0, keep_bytes
         keep_bytes: most memory for the laws of a rollout, [T, B, V] in float32 at least; they are kept between rollout
             and update where they fit and are the policy's own: drawn at the same temperature without truncation. Beyond
             it, or with 0, the update computes them again in chunks.
+
+    ``generate(..., spare=laws)`` writes over the laws of an earlier rollout, of the same shape, that nobody reads any
+    more: no memory is filled with zeros, and none is asked of the system. They are deleted then.
     """
 
     def early_generate(
-        key: PRNGKey, params: Params, prompts: Array, mask: Array, row_ids: Array, sampling: Sampling, **options: Any
+        key: PRNGKey,
+        params: Params,
+        prompts: Array,
+        mask: Array,
+        row_ids: Array,
+        sampling: Sampling,
+        *,
+        spare: Mass | None = None,
+        **options: Any,
     ) -> tuple[Generation, Mass | None]:
         config = model.config
         whole = params.params if isinstance(params, DecodeParams) else params
         dtype = wide(config.activation_dtype(head_table(whole).dtype), config.accumulate_dtype)
-        size = prompts.shape[0] * sampling.max_tokens * config.vocab_size * dtype.itemsize
+        shape = (sampling.max_tokens, prompts.shape[0], config.vocab_size)
+        size = math.prod(shape) * dtype.itemsize
         keep = sampling.is_whole and sampling.temperature == temperature and size <= keep_bytes
-        return _checked(key, model, params, prompts, mask, row_ids, sampling=sampling, keep=keep, **options)
+        memory = None
+        if keep and spare is not None and options.get("loop", "while") == "while":
+            fits = spare.powers.shape == shape and spare.powers.dtype == dtype
+            memory = spare.powers if fits else None
+        return _checked(
+            key, model, params, prompts, mask, row_ids, sampling=sampling, keep=keep, spare=memory, **options
+        )
 
     return EarlyGradient(early_generate, functools.partial(weighted_token_log_probs, model, temperature=temperature))

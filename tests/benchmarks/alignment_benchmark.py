@@ -59,15 +59,14 @@ def our_steps(num_steps, weights):
     mask = np.ones(prompts.shape, bool)
     step = jax.jit(lambda state, generation, rewards, laws: alignment.update(
         trainer, state, prompts, mask, generation, rewards, laws=laws))  # fmt: skip
-    rows = []
+    rows, laws = [], None
     for _ in range(num_steps):
         marks = [time.perf_counter()]
-        generation, laws = jax.block_until_ready(alignment.rollout_with_laws(trainer, state, prompts, mask))
+        generation, laws = jax.block_until_ready(alignment.rollout_with_laws(trainer, state, prompts, mask, spare=laws))
         marks.append(time.perf_counter())
         rewards = scores(generation.tokens).reshape(3, TASK["prompts"], TASK["group"])
         marks.append(time.perf_counter())
         state, _ = jax.block_until_ready(step(state, generation, rewards, laws))
-        del laws  # 604 MB that the next rollout can take
         marks.append(time.perf_counter())
         rows.append(np.diff(marks))
     return np.array(rows[1:])

@@ -143,6 +143,35 @@ def test_kept_laws_give_the_gradient_without_logits(stops, x64):
     np.testing.assert_allclose(value, total, rtol=1e-12)  # the form that is not differentiated
 
 
+def test_laws_are_written_over_those_of_an_earlier_rollout(x64):
+    """Same tokens, same gradient, though steps that nobody takes keep the old powers; laws that do not fit stay."""
+    model, params = setup()
+    early = lm.early_gradient(model, temperature=SAMPLING.temperature)
+    ending = SAMPLING.replace(stop_tokens=tuple(range(23)))  # every row ends at its first token
+
+    def rolled(sampling, **options):
+        return early.generate(jax.random.key(1), params, PROMPTS, MASK, IDS, sampling, **options)
+
+    def gradient(out, laws):
+        tokens, real = (np.concatenate(pair, axis=1) for pair in ((PROMPTS, out.tokens), (MASK, out.mask)))
+
+        def score(params):
+            options = {"start": PROMPTS.shape[1], "laws": laws}
+            return early.weighted_log_probs(params, tokens, real.astype(np.int32), out.log_probs, **options)[0]
+
+        return jax.jit(jax.grad(score))(params)
+
+    (_, before), (expected, fresh) = rolled(SAMPLING), rolled(ending)
+    actual, laws = rolled(ending, spare=before)
+    assert before.powers.is_deleted()
+    rows_equal(actual, expected)
+    assert (np.asarray(laws.powers)[1:] > 0).any() and (np.asarray(fresh.powers)[1:] == 0).all()
+    np.testing.assert_array_equal(laws.total, fresh.total)
+    jax.tree.map(np.testing.assert_array_equal, gradient(actual, laws), gradient(expected, fresh))
+    rolled(ending.replace(max_tokens=4), spare=laws)
+    assert not laws.powers.is_deleted()
+
+
 def test_laws_are_kept_only_where_they_fit_and_are_the_policy_s():
     model, params = setup()
 
