@@ -6,7 +6,7 @@ from jaxrl_suite.moe.folding import Folding
 from jaxrl_suite.moe.pipeline import num_ticks, repeats_stages
 
 # Forward passes of a layer that the backward pass repeats, by policy; "elementwise" and "experts" repeat no product.
-_REPEATS = {"none": 0, "elementwise": 0, "experts": 0, "attention": 0, "full": 1, "full_with_dispatch": 1}
+_REPEATS = {"none": 0, "norms": 0, "elementwise": 0, "experts": 0, "attention": 0, "full": 1, "full_with_dispatch": 1}
 _LAST = 1 / 3  # of the three products of experts: no backward pass of a layer needs what the last yields
 
 

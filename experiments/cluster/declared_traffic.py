@@ -93,7 +93,8 @@ def declared_traffic(config: MoEConfig, folding: Folding, *, sequence: int, glob
 
 
 def _check(config: MoEConfig, folding: Folding) -> None:
-    wanted = {"dispatch": ("drop_pad",), "sharding": ("zero1", "fsdp"), "remat": ("none", "elementwise", "full")}
+    wanted = {"dispatch": ("drop_pad",), "sharding": ("zero1", "fsdp")}
+    wanted |= {"remat": ("none", "norms", "elementwise", "full")}
     wanted |= {"schedule": ("1f1b",)} if folding.pp > 1 else {}
     wanted |= {"context": ("ring",)} if folding.cp > 1 else {}
     for name, allowed in wanted.items():

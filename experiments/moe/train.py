@@ -63,6 +63,7 @@ def build(folding: Any) -> tuple[Any, Any, Any]:
         "capacity_factor": FLAGS.capacity_factor or None,
         "balance": "global",
         "block_rows": 32,
+        "remat": "norms",
     }
     if FLAGS.model == "small":
         model = lm.LanguageModelConfig(

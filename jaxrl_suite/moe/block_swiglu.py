@@ -9,7 +9,7 @@ activation and last product, so that its derivative needs no output.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,22 @@ _CHUNK_ROWS = (128, 64, 32)
 _Backward = tuple[Array, Array, Params]  # gradients by rows, by weights, and by the matrices of one expert
 
 
+class LayerStack(NamedTuple):
+    """Where a walk reads the matrices of a layer, instead of from a copy of them.
+
+    Attributes:
+        matrices: gate and up [L, E, D, F], down [L, E, F, D]; constants, in the dtype of rows.
+        layer: int32 [].
+    """
+
+    matrices: Params
+    layer: Array
+
+
 @jax.custom_vjp
-def block_swiglu(rows: Array, params: Params, weights: Array, expert: Array, live: Array) -> Array:
+def block_swiglu(
+    rows: Array, params: Params, weights: Array, expert: Array, live: Array, stack: LayerStack | None = None
+) -> Array:
     """``(w silu(x gate) * (x up)) down`` of each block of aligned rows with the matrices of its expert.
 
     Zero for blocks without rows. Can be differentiated in reverse any number of times.
@@ -37,6 +51,8 @@ def block_swiglu(rows: Array, params: Params, weights: Array, expert: Array, liv
         weights: [M, 1], w of each row.
         expert: int32 [M / block].
         live: bool [M / block].
+        stack: what ``params`` is one layer of, in a loop over layers. Gradients belong to ``params``; on a CPU nobody
+            reads their values then, so that XLA does not copy the layer out of the stack.
 
     Returns:
         [M, D], products accumulated in float32 at least.
@@ -44,7 +60,7 @@ def block_swiglu(rows: Array, params: Params, weights: Array, expert: Array, liv
     References:
         Shazeer (2020), arXiv 2002.05202, equation 6.
     """
-    return _forward(rows, params, weights, expert, live)[0]
+    return _forward(rows, params, weights, expert, live, stack)[0]
 
 
 def weighted_hidden(gate: Array, up: Array, weights: Array) -> Array:
@@ -70,7 +86,7 @@ def _weigh(x: Array, weights: Array) -> Array:
 
 
 def _grouped_forward(
-    rows: Array, params: Params, weights: Array, expert: Array, live: Array
+    rows: Array, params: Params, weights: Array, expert: Array, live: Array, _: LayerStack | None
 ) -> tuple[Array, Array, Array]:
     """By one grouped product after the other: output, and what stands before the activation."""
     gate, up = (block_matmul(rows, params[name], expert, live) for name in ("gate", "up"))
@@ -78,7 +94,15 @@ def _grouped_forward(
 
 
 def _grouped_backward(
-    rows: Array, params: Params, weights: Array, gate: Array, up: Array, cotangent: Array, expert: Array, live: Array
+    rows: Array,
+    params: Params,
+    weights: Array,
+    gate: Array,
+    up: Array,
+    cotangent: Array,
+    expert: Array,
+    live: Array,
+    _: LayerStack | None,
 ) -> tuple[Array, Params, Array]:
     """Gradients by rows, matrices and weights, by one grouped product after the other."""
     hidden, pull = jax.vjp(weighted_hidden, gate, up, weights)
@@ -131,14 +155,32 @@ def _put(array: Array, rows: Array, begin: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), begin, 0)
 
 
-def _walk_forward(
-    rows: Array, params: Params, weights: Array, expert: Array, live: Array
-) -> tuple[Array, Array, Array]:
-    num_experts, _, hidden_width = params["gate"].shape
-    sizes = rows.shape[0], rows.shape[0] // expert.shape[0]
+def _items(params: Params, stack: LayerStack | None, expert: Array, live: Array) -> tuple[LayerStack, tuple]:
+    """Where matrices lie, and what a walk goes over: number, first block and blocks of each expert."""
+    num_experts = params["gate"].shape[0]
+    if stack is None:
+        stack = LayerStack(jax.tree.map(lambda leaf: leaf[None], params), jnp.int32(0))
+    return stack, (jnp.arange(num_experts, dtype=jnp.int32), *blocks_of_experts(expert, live, num_experts))
 
-    def one(arrays: tuple, item: tuple[Params, Array, Array]) -> tuple[tuple, None]:
-        matrices, first, number = item
+
+def _matrices_of(stack: LayerStack, index: Array) -> Params:
+    """Those of one expert."""
+
+    def take(leaf: Array) -> Array:
+        return jax.lax.dynamic_slice(leaf, (stack.layer, index, 0, 0), (1, 1, *leaf.shape[2:]))[0, 0]
+
+    return jax.tree.map(take, stack.matrices)
+
+
+def _walk_forward(
+    rows: Array, params: Params, weights: Array, expert: Array, live: Array, stack: LayerStack | None
+) -> tuple[Array, Array, Array]:
+    hidden_width, sizes = params["gate"].shape[2], (rows.shape[0], rows.shape[0] // expert.shape[0])
+    stack, items = _items(params, stack, expert, live)
+
+    def one(arrays: tuple, item: tuple[Array, Array, Array]) -> tuple[tuple, None]:
+        index, first, number = item
+        matrices = _matrices_of(stack, index)
 
         def step(begin: Array, count: int, arrays: tuple) -> tuple:
             x = _rows_at(rows, begin, count)
@@ -150,17 +192,27 @@ def _walk_forward(
 
     widths = (rows.shape[1], hidden_width, hidden_width)
     arrays = tuple(zeros_like_varying((rows.shape[0], width), rows.dtype, rows) for width in widths)
-    return jax.lax.scan(one, arrays, (params, *blocks_of_experts(expert, live, num_experts)))[0]
+    return jax.lax.scan(one, arrays, items)[0]
 
 
 def _walk_backward(
-    rows: Array, params: Params, weights: Array, gate: Array, up: Array, cotangent: Array, expert: Array, live: Array
+    rows: Array,
+    params: Params,
+    weights: Array,
+    gate: Array,
+    up: Array,
+    cotangent: Array,
+    expert: Array,
+    live: Array,
+    stack: LayerStack | None,
 ) -> tuple[Array, Params, Array]:
-    num_experts, sizes = params["gate"].shape[0], (rows.shape[0], rows.shape[0] // expert.shape[0])
+    sizes = rows.shape[0], rows.shape[0] // expert.shape[0]
+    stack, items = _items(params, stack, expert, live)
     wide = jnp.promote_types(rows.dtype, jnp.float32)
 
-    def one(carry: _Backward, item: tuple[Params, Array, Array]) -> tuple[_Backward, Params]:
-        matrices, first, number = item
+    def one(carry: _Backward, item: tuple[Array, Array, Array]) -> tuple[_Backward, Params]:
+        index, first, number = item
+        matrices = _matrices_of(stack, index)
 
         def step(begin: Array, count: int, carry: _Backward) -> _Backward:
             d_rows, d_weights, total = carry
@@ -183,7 +235,6 @@ def _walk_backward(
 
     zeros = {name: zeros_like_varying(leaf.shape[1:], wide, rows) for name, leaf in params.items()}
     d_rows, d_weights = (zeros_like_varying(array.shape, array.dtype, rows) for array in (rows, weights))
-    items = params, *blocks_of_experts(expert, live, num_experts)
     (d_rows, d_weights, _), d_params = jax.lax.scan(one, (d_rows, d_weights, zeros), items)
     return d_rows, d_params, d_weights
 
@@ -206,15 +257,21 @@ _forward = _on_cpu(_walk_forward, _grouped_forward)
 _backward = _on_cpu(_walk_backward, _grouped_backward)
 
 
-def _swiglu_forward(rows: Array, params: Params, weights: Array, expert: Array, live: Array) -> tuple[Array, tuple]:
-    y, gate, up = _forward(rows, params, weights, expert, live)
+def _swiglu_forward(
+    rows: Array, params: Params, weights: Array, expert: Array, live: Array, stack: LayerStack | None
+) -> tuple[Array, tuple]:
+    y, gate, up = _forward(rows, params, weights, expert, live, stack)
+    # In another shape than gate: of two stacks alike XLA fills one with zeros and copies it to make the other.
+    up = up.reshape(expert.shape[0], -1, up.shape[1])
     gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-    return y, (rows, params, weights, gate, up, expert, live)
+    return y, (rows, params, weights, gate, up, expert, live, stack)
 
 
 def _swiglu_backward(residuals: tuple, cotangent: Array) -> tuple:
-    *kept, expert, live = residuals
-    return (*_backward(*kept, cotangent, expert, live), None, None)
+    rows, params, weights, gate, up, expert, live, stack = residuals
+    arrays = rows, params, weights, gate, up.reshape(gate.shape), cotangent
+    d_rows, d_params, d_weights = _backward(*arrays, expert, live, stack)
+    return d_rows, d_params, d_weights, None, None, None
 
 
 block_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

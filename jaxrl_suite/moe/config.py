@@ -10,7 +10,7 @@ from jaxrl_suite.moe.dispatch import Mode
 from jaxrl_suite.moe.folding import Folding, nearest_foldings
 from jaxrl_suite.moe.folding import foldings as all_foldings
 
-Remat = Literal["none", "full", "full_with_dispatch", "elementwise", "experts", "attention"]
+Remat = Literal["none", "norms", "full", "full_with_dispatch", "elementwise", "experts", "attention"]
 
 
 class HParams(NamedTuple):
@@ -62,8 +62,8 @@ class MoEConfig(Config):
     sharding: Literal["none", "zero1", "fsdp"] = field("none", help="what is split over the data ranks")
     remat: Remat = field(
         "none",
-        help="what the backward pass recomputes; elementwise: no product and no exchange; full repeats exchanges under "
-        "1F1B, see pending",
+        help="what the backward pass recomputes; norms: norms and sums alone, the fastest on a CPU; elementwise: no "
+        "product and no exchange; full sends tokens out again under 1F1B, see pending",
     )
 
     def __post_init__(self) -> None:

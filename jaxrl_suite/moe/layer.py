@@ -9,7 +9,7 @@ What each option depends on (D = "changes with"):
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxrl_suite.lm import route
 from jaxrl_suite.lm.feed_forward import router_logits, shared_expert
 from jaxrl_suite.lm.layers import project
-from jaxrl_suite.moe.block_swiglu import block_swiglu, weighted_hidden
+from jaxrl_suite.moe.block_swiglu import LayerStack, block_swiglu, weighted_hidden
 from jaxrl_suite.moe.capacity import expert_capacity, keep_by_capacity, rank_in_expert
 from jaxrl_suite.moe.config import MoEConfig
 from jaxrl_suite.moe.dispatch import DispatchStats, ExpertAxes, Experts, dispatch
@@ -136,7 +136,8 @@ def make_experts(params: Params, config: MoEConfig, num_rows: int = 0) -> Expert
     """The local SwiGLU experts, for rows in uniform groups and for rows in aligned blocks.
 
     Args:
-        params: gate and up [E, D, F], down [E, F, D] of this rank; with ETP the outputs are partial sums.
+        params: gate and up [E, D, F], down [E, F, D] of this rank; with ETP the outputs are partial sums. A walk reads
+            their values from ``stack``, a :class:`LayerStack`, where there is one.
         config: read for dtypes and block size. With ``expert_precision="float8"`` every product takes float8 operands
             (rows in blocks of 1 x 128, weights in tiles of 128 x 128 of what this rank holds) and sums in float32; the
             backward pass sees the rounded operands, cotangents are not rounded. Combine weights multiply before the
@@ -144,6 +145,8 @@ def make_experts(params: Params, config: MoEConfig, num_rows: int = 0) -> Expert
         num_rows: rows that these experts get in all if the load is even, for the size of a block where it matters.
     """
     accumulate, num_local = config.model.accumulate_dtype, params["gate"].shape[0]
+    stack = cast(LayerStack | None, params.get("stack"))
+    params = {name: leaf for name, leaf in params.items() if name != "stack"}
     float8 = config.expert_precision == "float8"
     if float8:
         params = jax.tree.map(round_tiles, params)
@@ -167,10 +170,10 @@ def make_experts(params: Params, config: MoEConfig, num_rows: int = 0) -> Expert
         return jax.lax.scan(lambda _, item: (None, one(*item)), None, arguments)[1]
 
     def blocks(x: Array, weights: Array, layout: Blocks) -> Array:
-        x, weights, layout, matrices = unify(rounded(x), weights, layout, params)
+        x, weights, layout, matrices, whole = unify(rounded(x), weights, layout, params, stack)
         matrices = jax.tree.map(lambda leaf: leaf.astype(x.dtype), matrices)
         if not float8:
-            return block_swiglu(x, matrices, weights, layout.expert, layout.live)
+            return block_swiglu(x, matrices, weights, layout.expert, layout.live, whole)
 
         def product(rows: Array, name: str) -> Array:
             return block_matmul(rows, matrices[name], layout.expert, layout.live)

@@ -21,6 +21,7 @@ from jaxrl_suite.lm.feed_forward import dense_feed_forward
 from jaxrl_suite.lm.layers import wide
 from jaxrl_suite.lm.scores import chunk_rows, weighted_log_prob
 from jaxrl_suite.moe.balancing import balance_from_sums
+from jaxrl_suite.moe.block_swiglu import LayerStack
 from jaxrl_suite.moe.config import HParams, MoEConfig
 from jaxrl_suite.moe.context import make_attend
 from jaxrl_suite.moe.dispatch import ExpertAxes
@@ -35,6 +36,11 @@ Loss = Callable[[Array, "Batch"], Array]
 Gather = tuple[tuple[str, ...], int]
 # Of queries, keys and values "held" names those before they are laid out for a kernel.
 _SAVED = (*SAVED_NAMES, *(name for name in DENSE_NAMES if name not in ("query", "key", "value")))
+# What norms, sums and changes of shape consist of: to repeat it takes less time than to write and read its result.
+_CHEAP = frozenset(
+    "add sub mul div neg square integer_pow rsqrt reduce_sum broadcast_in_dim reshape squeeze expand_dims transpose "
+    "convert_element_type copy pcast pvary".split()
+)
 _HEAD_ROWS = 512  # rows of logits at once on a CPU: more leave the cache, fewer add the table's gradient up more often
 
 
@@ -202,6 +208,9 @@ def pick_key_heads(attention: Params, config: MoEConfig, axes: tuple[str, ...]) 
 def run_layers(layers: Params, x: Array, batch: Batch, *, config: MoEConfig, layout: Layout) -> tuple[Array, Any]:
     """A stack of blocks by one scan, so that compile time does not grow with depth.
 
+    Where experts are walked, the walk reads their matrices from the stack, and gradients belong to the layer's slice:
+    a scan copies every layer out of what it walks, forward and backward, unless nobody reads the copy.
+
     Args:
         layers: stacked parameters of this stage.
         x: [B, T, D], this rank's part of the sequences.
@@ -212,7 +221,26 @@ def run_layers(layers: Params, x: Array, batch: Batch, *, config: MoEConfig, lay
     Returns:
         x, and the :class:`RouterSums` of each layer (an empty tuple for a dense model).
     """
-    return jax.lax.scan(make_layer(batch, config=config, layout=layout), x, layers)
+    layer = make_layer(batch, config=config, layout=layout)
+    if not _as_stored(layers, x, config, layout):
+        return jax.lax.scan(layer, x, layers)
+    stack = jax.lax.stop_gradient(layers["feed_forward"]["experts"])
+
+    def one(x: Array, item: tuple[Params, Array]) -> tuple[Array, Any]:
+        params, index = item
+        feed_forward = dict(params["feed_forward"])
+        feed_forward["experts"] = {**feed_forward["experts"], "stack": LayerStack(stack, index)}
+        return layer(x, {**params, "feed_forward": feed_forward})
+
+    number = jax.tree.leaves(stack)[0].shape[0]
+    return jax.lax.scan(one, x, (layers, jnp.arange(number, dtype=jnp.int32)))
+
+
+def _as_stored(layers: Params, x: Array, config: MoEConfig, layout: Layout) -> bool:
+    """Whether experts are walked as they are stored: nothing gathers, casts or rounds those of a layer."""
+    experts = jax.tree.leaves(layers["feed_forward"].get("experts", {}))
+    walked = jax.default_backend() == "cpu" and config.expert_precision != "float8" and not layout.gathers
+    return bool(experts) and walked and all(leaf.dtype == x.dtype for leaf in experts)
 
 
 def make_layer(batch: Batch, *, config: MoEConfig, layout: Layout) -> Callable[[Array, Params], tuple[Array, Any]]:
@@ -243,12 +271,14 @@ def make_layer(batch: Batch, *, config: MoEConfig, layout: Layout) -> Callable[[
 def rematerialised(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """``jax.checkpoint`` with what each policy keeps; only "full_with_dispatch" repeats an exchange of tokens.
 
-    "full" keeps block inputs and the rows that experts got; "elementwise" keeps what products yielded too, so that
-    norms, rotations, activations and local permutations alone are repeated, and the gathers before column splits;
-    "experts" recomputes the activations of experts only; "attention" recomputes the output of attention only.
+    "norms" repeats norms, sums and changes of shape alone, which a CPU does faster than it keeps them; "full" keeps
+    block inputs and the rows that experts got; "elementwise" keeps what products yielded too, so that norms,
+    rotations, activations and local permutations alone are repeated, and the gathers before column splits; "experts"
+    recomputes the activations of experts only; "attention" recomputes the output of attention only.
     """
     policies = jax.checkpoint_policies
     keep: dict[str, Any] = {
+        "norms": lambda primitive, *_, **__: primitive.name not in _CHEAP,
         "full": policies.save_only_these_names("dispatched"),
         "full_with_dispatch": policies.nothing_saveable,
         "elementwise": policies.save_only_these_names(*_SAVED),

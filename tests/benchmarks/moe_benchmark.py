@@ -58,7 +58,7 @@ def foldings():
 
 def our_step(options, folding):
     """A function that takes one AdamW step and returns its metrics."""
-    config = moe.MoEConfig(model=MODEL, **options)
+    config = moe.MoEConfig(model=MODEL, remat="norms", **options)
     state = moe.init_train_state(jax.random.key(0), config, folding)
     tokens = jax.random.randint(jax.random.key(1), (BATCH, LENGTH + 1), 0, VOCABULARY)
     batch = jax.device_put(moe.language_batch(tokens), folding.sharding("dp"))

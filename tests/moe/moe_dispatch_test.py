@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxrl_suite import moe
-from jaxrl_suite.moe.block_swiglu import block_swiglu
+from jaxrl_suite.moe.block_swiglu import LayerStack, block_swiglu
 from jaxrl_suite.moe.dispatch import identity_experts
 from jaxrl_suite.moe.grouped import align, block_matmul, sort_by_group
 from jaxrl_suite.moe.layer import make_experts
@@ -115,8 +115,8 @@ def test_grouped_product_gradients_twice(block):
     assert_equal_twice(blocked, dense, rows, weights)
 
 
-@pytest.mark.parametrize("block", [8, 128])
-def test_block_swiglu_and_its_gradients_twice(block):
+@pytest.mark.parametrize(("block", "stacked"), [(8, False), (128, False), (8, True)])
+def test_block_swiglu_and_its_gradients_twice(block, stacked):
     """Uneven experts, one of them without rows; with blocks of 8 one is walked in 16 + 8 + 4 blocks, two in 1 + 1."""
     key = jax.random.key(0)
     groups = jnp.where(jnp.arange(240) < 220, 2, jnp.arange(240) % 2 * 3).astype(jnp.int32)
@@ -129,7 +129,8 @@ def test_block_swiglu_and_its_gradients_twice(block):
 
     def walked(rows, params, weights):
         aligned = (spread_rows(leaf, layout.source, layout.slots) for leaf in (rows, weights))
-        y = block_swiglu(next(aligned), params, next(aligned), layout.expert, layout.live)
+        stack = one_of_three_layers(params) if stacked else None
+        y = block_swiglu(next(aligned), params, next(aligned), layout.expert, layout.live, stack)
         return jnp.sum(jnp.sin(collect_rows(y, layout.source, layout.slots)))
 
     def dense(rows, params, weights):
@@ -140,6 +141,26 @@ def test_block_swiglu_and_its_gradients_twice(block):
 
     np.testing.assert_allclose(walked(rows, params, weights), dense(rows, params, weights), rtol=1e-5)
     assert_equal_twice(walked, dense, rows, params, weights)
+
+
+def one_of_three_layers(params):
+    """The second of three; the others would show in every number."""
+    matrices = jax.tree.map(lambda leaf: jnp.stack([leaf * jnp.nan, leaf, leaf * jnp.nan]), params)
+    return LayerStack(jax.lax.stop_gradient(matrices), jnp.int32(1))
+
+
+def test_a_stack_is_read_and_the_slice_of_it_is_not():
+    """On a CPU: XLA does not copy out of the stack in a loop over layers what nobody reads; gradients go there."""
+    params = random_experts(0)
+    layout = align(jnp.repeat(jnp.arange(E, dtype=jnp.int32), 8), E, block=8)
+    rows, weights = jnp.ones((len(layout.source), D)), jnp.ones((len(layout.source), 1))
+
+    def total(params, stack):
+        return jnp.sum(jnp.sin(block_swiglu(rows, params, weights, layout.expert, layout.live, stack)))
+
+    gradient = jax.jit(jax.value_and_grad(total))
+    nothing = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    jax.tree.map(np.testing.assert_array_equal, gradient(nothing, one_of_three_layers(params)), gradient(params, None))
 
 
 def test_a_row_of_nan_stays_in_the_gradient_of_its_expert():

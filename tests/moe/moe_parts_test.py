@@ -11,7 +11,7 @@ from jaxrl_suite.moe.audit import audit, parse_groups, summarize
 from jaxrl_suite.moe.context import all_gather_attend, ring_attend
 from jaxrl_suite.moe.fp8 import E4M3_EPSILON, dequantize, fp8_matmul, quantize, round_rows, round_tiles
 from jaxrl_suite.moe.layer import zigzag_order
-from jaxrl_suite.moe.model import make_layout, order_for_context, summed_loss
+from jaxrl_suite.moe.model import Layout, make_layer, make_layout, order_for_context, summed_loss
 from jaxrl_suite.moe.pipeline import circular_layers, num_ticks
 from jaxrl_suite.moe.train import loss_and_gradients
 from jaxrl_suite.moe.upcycling import copy_factor, upcycle, upcycled_config
@@ -169,6 +169,34 @@ def test_activations_of_nan_where_nothing_counts_leave_the_loss_alone(loss):
         return summed_loss(params, x, batch, loss, config=config, layout=layout)
 
     np.testing.assert_array_equal(total(x.at[0, 3].set(jnp.nan)), total(x))
+
+
+def test_norms_are_repeated_and_nothing_dear_is():
+    """Of a layer on 2 x 8 tokens two arrays of their size stay, its input and the residual; gradients are the same."""
+    model = lm.LanguageModelConfig(
+        family="mixtral", width=16, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, ffn_width=24, num_experts=E
+    )
+    batch = moe.language_batch(jnp.zeros((2, 9), jnp.int32))
+    params = jax.tree.map(lambda leaf: leaf[0], lm.init_params(jax.random.key(0), model)["layers"])
+    x = jax.random.normal(jax.random.key(1), (2, 8, 16))
+    gradients, texts, streams = {}, {}, {}
+    for policy in ("none", "norms"):
+        layer = make_layer(batch, config=moe.MoEConfig(model=model, remat=policy), layout=Layout())
+
+        def total(params, x, layer=layer):
+            return jnp.sum(jnp.sin(layer(x, params)[0]))
+
+        gradient = jax.jit(jax.grad(total, argnums=(0, 1)), compiler_options=quick_compile())
+        gradients[policy], texts[policy] = gradient(params, x), str(gradient.trace(params, x).jaxpr)
+        kept = jax.tree.leaves(jax.eval_shape(lambda layer=layer: jax.vjp(layer, x, params)[1]))
+        streams[policy] = sum(leaf.shape in ((2, 8, 16), (16, 16)) for leaf in kept)
+    assert streams["norms"] == 2 < streams["none"], streams
+    for dear in (" dot_general[", " exp ", " sort[", " gather["):
+        assert texts["norms"].count(dear) == texts["none"].count(dear) > 0, dear
+    jax.tree.map(
+        lambda ours, plain: np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6),
+        gradients["norms"], gradients["none"],
+    )  # fmt: skip
 
 
 def test_pipeline_ticks_and_circular_order():

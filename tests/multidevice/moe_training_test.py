@@ -140,9 +140,10 @@ def test_a_ring_holds_what_the_policy_names_and_nothing_else():
 
     mask = Counter([(2,), (2, 8)])  # tokens that count, of each sequence and each by itself
     assert kept("full_with_dispatch") - mask == Counter([(2, 8, 16)])
-    stream, heads, blocks, rows = (2, 8, 16), (2, 8, 4, 4), (2, 4, 1, 16, 4), (96, 16)  # padded to blocks of 16
+    stream, heads, blocks = (2, 8, 16), (2, 8, 4, 4), (2, 4, 1, 16, 4)
+    gate, up = (96, 16), (6, 16, 16)  # rows, padded to blocks of 16; up block by block
     names = Counter({stream: 2, heads: 3})  # input and residual; q, k, v
-    names += Counter({blocks: 1, blocks[:-1]: 1, rows: 2})  # output of attention, normaliser; gate, up
+    names += Counter({blocks: 1, blocks[:-1]: 1, gate: 1, up: 1})  # output of attention, normaliser
     assert kept("elementwise") - mask == names + Counter([(16, 4), (16, 2), (16, 2)])  # logits; experts, which are kept
 
 
