@@ -27,7 +27,7 @@ from jaxrl_suite.coupling.prefix_tree import (
     prefix_tree,
     read_message,
 )
-from jaxrl_suite.coupling.sparse import check_names, check_rate
+from jaxrl_suite.coupling.sparse import as_rate, check_names, check_rate
 from jaxrl_suite.coupling.symbol_step import Partition, SymbolStep, couple_symbol
 from jaxrl_suite.types import Array, PRNGKey, SequenceLaw
 
@@ -76,7 +76,7 @@ def arimec_symbol(
         given = total * share / jnp.maximum(jnp.sum(share), 1) / jnp.where(seen, masses, jnp.ones_like(masses))
         return condition_tree(tree, partition.place, jnp.where(seen, given, jnp.ones_like(given)))
 
-    rate = jnp.asarray(rate, tree.masses.dtype)
+    rate = as_rate(rate, tree.masses.dtype)
     return couple_symbol(key, tree, select, condition, counts, symbol, replay, rate=rate, merge=merge)
 
 
@@ -149,7 +149,7 @@ def arimec_text(
     shape = (prompts.shape[0], num_tokens)
     given = jnp.zeros(shape, jnp.int32) if tokens is None else tokens
     check(given.shape == shape, argument="tokens", value=given.shape, rule=f"must have shape {shape}")
-    rate = jnp.asarray(rate, jnp.float32)
+    rate = as_rate(rate, jnp.float32)
     check_rate(rate)
     source = (message_params, message_prompt)
     num_symbols = _first_logits.eval_shape(message_law, *source).shape[-1]

@@ -18,7 +18,7 @@ from jaxrl_suite.coupling.greedy import greedy_coupling, normalise
 from jaxrl_suite.coupling.partitions import LARGEST_ALPHABET, code_of_labels, encoder_of_labels, partitions
 from jaxrl_suite.coupling.quantizers import lpt_labels
 from jaxrl_suite.coupling.sorting import sorted_masses
-from jaxrl_suite.coupling.sparse import SparseCoupling, as_laws, check_law, check_rate, is_law
+from jaxrl_suite.coupling.sparse import SparseCoupling, as_laws, as_rate, check_law, check_rate, is_law
 from jaxrl_suite.distributions import entropy
 from jaxrl_suite.types import Array
 
@@ -81,7 +81,7 @@ def mecb(p_x: Array, p_y: Array, rate: Array | float, *, search: Search = "paper
     """
     check(search in _SEARCHES, argument="search", value=search, rule=f"must be one of {', '.join(_SEARCHES)}")
     p_x, p_y = as_laws(p_x, p_y)
-    rate = jnp.asarray(rate, p_x.dtype)
+    rate = as_rate(rate, p_x.dtype)
     check_law("p_x", p_x)
     check_law("p_y", p_y)
     check_rate(rate)

@@ -75,7 +75,8 @@ def coupling_bounds_multi(marginals: Array) -> CouplingBounds:
         ValueError: wrong rank, or a row is no law.
     """
     (marginals,) = as_laws(marginals)
-    check(marginals.ndim == 2, argument="marginals", value=marginals.shape, rule="must be [K, N]")
+    fits = marginals.ndim == 2 and marginals.shape[0] > 0
+    check(fits, argument="marginals", value=marginals.shape, rule="must be [K, N] with at least one law")
     for k, row in enumerate(marginals):
         check_law(f"marginals[{k}]", row)
     return _bounds(tuple(marginals))

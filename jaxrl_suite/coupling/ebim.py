@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from jaxrl_suite.coupling.greedy import normalise
 from jaxrl_suite.coupling.sorting import sorted_masses
-from jaxrl_suite.coupling.sparse import as_laws, check_law, check_rate, is_law
+from jaxrl_suite.coupling.sparse import as_laws, as_rate, check_law, check_rate, is_law
 from jaxrl_suite.distributions import entropy, entropy_terms
 from jaxrl_suite.types import Array
 
@@ -138,7 +138,7 @@ def ebim_greedy(p: Array, rate: Array | float) -> Encoder:
     ([0, 0, 2, 2], 0.8813)
     """
     (p,) = as_laws(p)
-    rate = jnp.asarray(rate, p.dtype)
+    rate = as_rate(rate, p.dtype)
     check_law("p", p)
     check_rate(rate)
     return _greedy(p, rate)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from jaxrl_suite.config import check, check_key
 from jaxrl_suite.coupling.games import step_code, update_belief
-from jaxrl_suite.coupling.sparse import check_names, check_rate
+from jaxrl_suite.coupling.sparse import as_rate, check_names, check_rate
 from jaxrl_suite.distributions import categorical, entropy
 from jaxrl_suite.types import Array, PRNGKey
 
@@ -113,7 +113,7 @@ def play_factored(
     check(num_values > 1, argument="num_values", value=num_values, rule="must be at least 2")
     check_names("blocks", blocks, num_values)
     check(horizon > 0, argument="horizon", value=horizon, rule="must be positive")
-    rate = jnp.asarray(rate, jnp.result_type(float))
+    rate = as_rate(rate, jnp.result_type(float))
     check_rate(rate)
     if replay is not None:
         fits = replay.actions.shape == (blocks.shape[0], horizon)

@@ -43,7 +43,7 @@ from jaxrl_suite.coupling.grouped_beliefs import (
 )
 from jaxrl_suite.coupling.partitions import code_of_labels
 from jaxrl_suite.coupling.quantizers import uniform_labels
-from jaxrl_suite.coupling.sparse import check_names, check_rate
+from jaxrl_suite.coupling.sparse import as_rate, check_names, check_rate
 from jaxrl_suite.distributions import invert_cdf
 from jaxrl_suite.types import Array, PRNGKey
 
@@ -209,7 +209,7 @@ def play(
         check(fits, argument="replay", value=replay.actions.shape, rule=f"actions must be {(num_episodes, horizon)}")
         recorded = replay
     check_names("messages", messages, num_messages)
-    rate = jnp.asarray(rate, game.policy.dtype)
+    rate = as_rate(rate, game.policy.dtype)
     check_rate(rate)
     lanes = min(num_lanes, num_episodes)
     arrays = (game.policy, game.reward, game.terminal, game.start)
@@ -444,7 +444,7 @@ def enumerate_game(
     """
     check(num_messages > 0, argument="num_messages", value=num_messages, rule="must be positive")
     if rate is not None:
-        rate = jnp.asarray(rate, policies.dtype)
+        rate = as_rate(rate, policies.dtype)
         check_rate(rate)
     return _enumerate(policies, successors, reward, terminal, start, num_messages, rate)
 

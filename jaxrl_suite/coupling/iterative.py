@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxrl_suite.config import check
 from jaxrl_suite.coupling.integer import round_masses
-from jaxrl_suite.coupling.sparse import check_names, check_rate
+from jaxrl_suite.coupling.sparse import as_rate, check_names, check_rate
 from jaxrl_suite.coupling.symbol_step import Partition, SymbolStep, couple_symbol, joint_counts
 from jaxrl_suite.distributions import entropy
 from jaxrl_suite.types import Array, PRNGKey, SequenceLaw
@@ -64,7 +64,7 @@ def fimec_symbol(
         posterior = column / jnp.maximum(jnp.sum(column), 1)
         return beliefs.at[partition.place].set(jnp.where(jnp.sum(column) > 0, posterior, partition.masses))
 
-    rate = jnp.asarray(rate, beliefs.dtype)
+    rate = as_rate(rate, beliefs.dtype)
     return couple_symbol(key, beliefs, select, condition, counts, symbol, replay, rate=rate, merge=merge)
 
 
@@ -138,7 +138,7 @@ def fimec_text(
     check(given.shape == shape, argument="tokens", value=given.shape, rule=f"must have shape {shape}")
     check_names("values", values, num_values)
     replay = jnp.asarray(tokens is not None)
-    rate = jnp.asarray(rate, jnp.float32)
+    rate = as_rate(rate, jnp.float32)
     check_rate(rate)
     return _text(key, law, params, prompts, mask, values, given, replay, rate, num_values, merge)
 

@@ -35,7 +35,8 @@ def greedy_coupling_multi(marginals: Array) -> SparseCoupling:
     ([[0, 0, 0], [1, 0, 0], [1, 1, 0]], [0.5, 0.25, 0.25, 0.0])
     """
     (marginals,) = as_laws(marginals)
-    check(marginals.ndim == 2, argument="marginals", value=marginals.shape, rule="must be [K, N]")
+    fits = marginals.ndim == 2 and marginals.shape[0] > 0
+    check(fits, argument="marginals", value=marginals.shape, rule="must be [K, N] with at least one law")
     for k in range(marginals.shape[0]):
         check_law(f"marginals[{k}]", marginals[k])
     if jnp.issubdtype(marginals.dtype, jnp.integer) and is_concrete(marginals):

@@ -1,6 +1,7 @@
 """All partitions of a small alphabet, and the best of them as an encoder."""
 
 import functools
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 from jaxrl_suite.config import check
 from jaxrl_suite.coupling.ebim import Encoder, rate_slack
 from jaxrl_suite.coupling.greedy import normalise
-from jaxrl_suite.coupling.sparse import as_laws, check_law, check_rate, is_law
+from jaxrl_suite.coupling.sparse import as_laws, as_rate, check_law, check_rate, is_law
 from jaxrl_suite.distributions import entropy
 from jaxrl_suite.types import Array
 
@@ -32,8 +33,8 @@ def partitions(size: int) -> np.ndarray:
     >>> partitions(3).tolist()
     [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 1, 2]]
     """
-    rule = f"must be in 1..{LARGEST_ALPHABET}: the number of partitions explodes"
-    check(1 <= size <= LARGEST_ALPHABET, argument="size", value=size, rule=rule)
+    rule = f"must be a whole number in 1..{LARGEST_ALPHABET}: the number of partitions explodes"
+    check(isinstance(size, Integral) and 1 <= size <= LARGEST_ALPHABET, argument="size", value=size, rule=rule)
     rows = np.zeros((1, 1), np.int32)
     for _ in range(size - 1):
         choices = rows.max(axis=1) + 2
@@ -67,7 +68,7 @@ def ebim_exact(p: Array, rate: Array | float) -> Encoder:
     1.0
     """
     (p,) = as_laws(p)
-    rate = jnp.asarray(rate, p.dtype)
+    rate = as_rate(rate, p.dtype)
     check_law("p", p)
     check_rate(rate)
     return _exact(p, rate, jnp.asarray(partitions(p.shape[0])))

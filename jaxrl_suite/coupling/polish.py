@@ -14,6 +14,7 @@ and updates u by an outer product. A tree that no single exchange improves need 
 """
 
 import functools
+from numbers import Integral
 from typing import NamedTuple
 
 import jax
@@ -105,7 +106,12 @@ def polished_coupling(p: Array, q: Array, *, rule: Rule = "best", max_pivots: in
         remedy="Divide counts by their sum",
     )
     limit = 4 * (p.shape[0] + q.shape[0]) if max_pivots is None else max_pivots
-    check(limit >= 0, argument="max_pivots", value=limit, rule="must not be negative")
+    check(
+        isinstance(limit, Integral) and limit >= 0,
+        argument="max_pivots",
+        value=limit,
+        rule="must be a whole number from 0",
+    )
     return _polished(p, q, rule, limit)
 
 

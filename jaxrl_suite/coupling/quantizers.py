@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxrl_suite.coupling.ebim import Encoder
 from jaxrl_suite.coupling.greedy import normalise
 from jaxrl_suite.coupling.partitions import encoder_of_labels
-from jaxrl_suite.coupling.sparse import as_laws, check_law, check_rate, is_law
+from jaxrl_suite.coupling.sparse import as_laws, as_rate, check_law, check_rate, is_law
 from jaxrl_suite.types import Array
 
 
@@ -98,7 +98,7 @@ def lpt_labels(p: Array, codes: Array) -> Array:
 
 def _checked(p: Array, rate: Array | float) -> tuple[Array, Array]:
     (p,) = as_laws(p)
-    rate = jnp.asarray(rate, p.dtype)
+    rate = as_rate(rate, p.dtype)
     check_law("p", p)
     check_rate(rate)
     return p, rate

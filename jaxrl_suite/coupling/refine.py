@@ -25,7 +25,7 @@ from jaxrl_suite.coupling.ebim import code_of_step, path_entropies, rate_slack
 from jaxrl_suite.coupling.greedy import normalise
 from jaxrl_suite.coupling.partitions import code_of_labels
 from jaxrl_suite.coupling.sorting import sorted_masses
-from jaxrl_suite.coupling.sparse import as_laws, check_law, check_rate, is_law
+from jaxrl_suite.coupling.sparse import as_laws, as_rate, check_law, check_rate, is_law
 from jaxrl_suite.distributions import entropy, entropy_terms
 from jaxrl_suite.types import Array
 
@@ -83,7 +83,7 @@ def ebim_refine(p: Array, rate: Array | float, bases: Array | None = None) -> St
     0.701
     """
     (p,) = as_laws(p)
-    rate = jnp.asarray(rate, p.dtype)
+    rate = as_rate(rate, p.dtype)
     check_law("p", p)
     check_rate(rate)
     if bases is not None:

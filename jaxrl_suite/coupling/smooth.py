@@ -14,6 +14,7 @@ by Sinkhorn scaling, and again. It converges towards a vertex of the polytope.
 """
 
 import functools
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +128,9 @@ def sharpen_coupling(joint: Array, power: Array | float = 1.2, *, num_powers: in
     power = jnp.asarray(power, joint.dtype)
     if is_concrete(power):
         check(float(power) > 1, argument="power", value=float(power), rule="must be above 1")
+    for name, value in (("num_powers", num_powers), ("num_scalings", num_scalings)):
+        fits = isinstance(value, Integral) and value >= 0
+        check(fits, argument=name, value=value, rule="must be a whole number from 0")
     return _sharpen(joint, power, num_powers, num_scalings)
 
 

@@ -1,6 +1,6 @@
 """What a coupling is: cells and their masses. And what a marginal must be."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,21 @@ def check_law(name: str, p: Array) -> None:
         check(fits, argument=f"sum of {name}", value=total, rule="must be one", remedy=remedy)
 
 
+def as_rate(rate: Array | float, dtype: Any) -> Array:
+    """The rate as an array. Text is refused, which JAX would read as a number.
+
+    Raises:
+        ValueError: no number.
+    """
+    _check_numbers("rate", rate, "must be a non-negative number of bits")
+    return jnp.asarray(rate, dtype)
+
+
+def _check_numbers(argument: str, value: Any, rule: str) -> None:
+    # What JAX itself cannot take as numbers, or reads out of a text; a list may hold values that are traced.
+    check(value is not None and not isinstance(value, str), argument=argument, value=value, rule=rule)
+
+
 def check_rate(rate: Array) -> None:
     """Raises unless the rate is a non-negative number; looked at only where it is known.
 
@@ -112,7 +127,13 @@ def check_names(argument: str, values: Array, number: int) -> None:
 
 
 def as_laws(*laws: Array) -> tuple[Array, ...]:
-    """The arguments as arrays of one dtype: float32 at least, or integers where all are integers."""
+    """The arguments as arrays of one dtype: float32 at least, or integers where all are integers.
+
+    Raises:
+        ValueError: one holds no numbers.
+    """
+    for p in laws:
+        _check_numbers("law", p, "must be an array of numbers")
     arrays = [jnp.asarray(p) for p in laws]
     dtype = jnp.result_type(*arrays)
     if not jnp.issubdtype(dtype, jnp.integer):

@@ -8,6 +8,7 @@ Every weighted sum is convex in p, so it is largest at an end. A policy that may
 
 import itertools
 import math
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,8 @@ def sequences(num_bits: int) -> np.ndarray:
     >>> sequences(2).tolist()
     [[0, 0], [0, 1], [1, 0], [1, 1]]
     """
-    check(1 <= num_bits <= 16, argument="num_bits", value=num_bits, rule="must lie in [1, 16], since all are listed")
+    fits = isinstance(num_bits, Integral) and 1 <= num_bits <= 16
+    check(fits, argument="num_bits", value=num_bits, rule="must be a whole number in 1..16, since all are listed")
     return np.array(list(itertools.product((0, 1), repeat=num_bits)), np.int32)
 
 

@@ -1,6 +1,7 @@
 """Exact planning in finite models: discounted and finite-horizon, with derivatives by the implicit function theorem."""
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import NamedTuple
 
 import jax
@@ -212,4 +213,6 @@ def _stepwise_reward(mdp: TabularMDP, horizon: int | None) -> Array:
         check(horizon in (None, steps), argument="horizon", value=horizon, rule=f"the reward has {steps} steps")
         return mdp.reward
     check(horizon is not None, argument="horizon", value=horizon, rule="needed when the reward is [S, A]")
+    fits = isinstance(horizon, Integral) and horizon >= 1
+    check(fits, argument="horizon", value=horizon, rule="must be a whole number of at least 1")
     return jnp.broadcast_to(mdp.reward, (horizon, *mdp.reward.shape))

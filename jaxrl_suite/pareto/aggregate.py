@@ -5,6 +5,7 @@ sees a gradient, so the cost does not depend on the number of parameters.
 """
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Literal
 
 import jax
@@ -94,6 +95,8 @@ def cagrad(gram: Array, *, radius: Array | float = 0.5, num_rounds: int = 40) ->
     References:
         Liu et al. (2021), arXiv 2110.14048, algorithm 1.
     """
+    fits = isinstance(num_rounds, Integral) and num_rounds >= 1
+    check(fits, argument="num_rounds", value=num_rounds, rule="must be a whole number of at least 1")
     size = gram.shape[0]
     mean = jnp.full((size,), 1.0 / size, gram.dtype)
     to_mean = gram @ mean
@@ -132,6 +135,8 @@ def nash_mtl(gram: Array, *, num_steps: int = 50) -> Array:
     References:
         Navon et al. (2022), arXiv 2202.01017, claim 3.1.
     """
+    fits = isinstance(num_steps, Integral) and num_steps >= 1
+    check(fits, argument="num_steps", value=num_steps, rule="must be a whole number of at least 1")
     size = gram.shape[0]
     scale = jnp.maximum(jnp.trace(gram) / size, jnp.finfo(gram.dtype).tiny)
     matrix = gram / scale + jnp.finfo(gram.dtype).eps * jnp.eye(size, dtype=gram.dtype)

@@ -1,5 +1,6 @@
 """Who dominates whom, and an archive of fixed capacity that keeps the best set seen so far."""
 
+from numbers import Integral
 from typing import NamedTuple
 
 import jax
@@ -80,7 +81,8 @@ def init_archive(capacity: int, reference: Array) -> Archive:
     Raises:
         ValueError: the capacity is not positive, or the reference is not a vector or holds NaN.
     """
-    check(capacity > 0, argument="capacity", value=capacity, rule="must be positive")
+    fits = isinstance(capacity, Integral) and capacity > 0
+    check(fits, argument="capacity", value=capacity, rule="must be positive and whole")
     reference = jnp.asarray(reference)
     check(reference.ndim == 1, argument="reference", value=reference.shape, rule="must have shape [K]")
     check_known("reference", reference)

@@ -10,6 +10,7 @@ A rule reads the signals that it needs and leaves the others alone. Weights lie 
 """
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +59,8 @@ def check_simplex(weights: Any, *, argument: str = "weights") -> Array:
     Raises:
         ValueError: a weight is negative or not finite, or they do not sum to one.
     """
+    numbers = weights is not None and not isinstance(weights, str)
+    check(numbers, argument=argument, value=weights, rule="must be an array of numbers")
     weights = jnp.asarray(weights)
     check(weights.ndim == 1, argument=argument, value=weights.shape, rule="must have shape [K]")
     if not isinstance(weights, jax.core.Tracer):
@@ -163,6 +166,7 @@ def hypervolume_gain_weights(
         Lu et al. (2025), arXiv 2509.11452, hypervolume-guided adaptation.
     """
     weights = check_simplex(weights)
+    init_archive(capacity, weights)  # a bad capacity is an error here, not when the rule starts
     unit = jnp.ones_like(weights) if scale is None else jnp.asarray(scale, weights.dtype)
     base = jnp.zeros_like(weights) if reference is None else jnp.asarray(reference, weights.dtype) / unit
 
@@ -244,7 +248,8 @@ def influence_weights(
     """
     weights = check_simplex(weights)
     num_objectives = weights.shape[0]
-    check(interval >= 1, argument="interval", value=interval, rule="must be at least 1")
+    fits = isinstance(interval, Integral) and interval >= 1
+    check(fits, argument="interval", value=interval, rule="must be a whole number of at least 1")
     check(0 <= floor * num_objectives <= 1, argument="floor", value=floor, rule="must lie in [0, 1 / K]")
 
     def init() -> InfluenceState:
@@ -345,6 +350,7 @@ def hypervolume_gradient_weights(
     """
     weights = check_simplex(weights)
     reference = jnp.asarray(reference, weights.dtype)
+    init_archive(capacity, reference)  # a bad capacity is an error here, not when the rule starts
     known = not isinstance(mixing, jax.core.Tracer)
     check(not known or bool(0 <= mixing <= 1), argument="mixing", value=mixing, rule="must lie in [0, 1]")
 

@@ -5,6 +5,8 @@ messages longer than their cover (low certainty inside jit, an error for files) 
 `coupling_hiding_test.py`; a pool that overflows in `coupling_arimec_test.py`.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,7 @@ from jaxrl_suite.coupling import (
     greedy_coupling_multi,
     integer_masses,
     mecb,
+    partitions,
     polished_coupling,
     quantize_lpt,
     quantize_uniform,
@@ -214,3 +217,33 @@ def test_messages_and_rates_of_games_and_texts():
 def test_options(call, message):
     with pytest.raises(ValueError, match=message):
         call(jnp.array(GOOD))
+
+
+P, Q = jnp.array(GOOD), jnp.array([0.6, 0.4])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mecb(P, Q, "1"), "rate='1': must be a non-negative number of bits"),
+        (lambda: mecb(P, Q, None), "rate=None: must be a non-negative number of bits"),
+        (lambda: ebim_greedy(P, "x"), "rate='x': must be a non-negative number of bits"),
+        (lambda: ebim_exact(P, None), "rate=None: must be a non-negative number of bits"),
+        (lambda: quantize_lpt(P, "x"), "rate='x': must be a non-negative number of bits"),
+        (lambda: greedy_coupling("x", Q), "law='x': must be an array of numbers"),
+        (lambda: soft_coupling(P, None, 0.1), "law=None: must be an array of numbers"),
+        (lambda: coupling_bounds_multi(jnp.ones((0, 3))), "marginals=(0, 3): must be [K, N] with at least one law"),
+        (lambda: greedy_coupling_multi(jnp.ones((0, 3))), "marginals=(0, 3): must be [K, N] with at least one law"),
+        (lambda: integer_masses(P, total_bits=3.0), "total_bits=3.0: must be a whole number in 1..30"),
+        (lambda: integer_masses(P, total_bits=None), "total_bits=None: must be a whole number in 1..30"),
+        (lambda: partitions(2.5), "size=2.5: must be a whole number in 1.."),
+        (lambda: partitions("3"), "size='3': must be a whole number in 1.."),
+        (lambda: polished_coupling(P, Q, max_pivots="4"), "max_pivots='4': must be a whole number from 0"),
+        (lambda: polished_coupling(P, Q, max_pivots=4.5), "max_pivots=4.5: must be a whole number from 0"),
+        (lambda: sharpen_coupling(P[:, None] * Q, num_powers=-1), "num_powers=-1: must be a whole number from 0"),
+        (lambda: sharpen_coupling(P[:, None] * Q, num_scalings=2.5), "num_scalings=2.5: must be a whole number from 0"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_suite.envs import mixtures
+from jaxrl_suite.envs import mixtures, tied_bits
 from jaxrl_suite.envs.gymnasium_tables import gymnasium_world, play
 from jaxrl_suite.reward_free import ExplorerConfig, check_rewards, explore, plan, suboptimality
 from jaxrl_suite.reward_free.planning import plan_model, policy_values
@@ -195,3 +195,23 @@ def test_own_world_from_a_file(x64, tmp_path):
     np.savez(tmp_path / "broken.npz", kernels=kernels)
     with pytest.raises(ValueError, match=r"lacks \['theta'\]"):
         mixtures.from_tables(tmp_path / "broken.npz")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mixtures.lock(num_states=6.0), "num_states=6.0: must be a whole number of at least 2"),
+        (lambda: mixtures.lock(num_states="6"), "num_states='6': must be a whole number of at least 2"),
+        (lambda: mixtures.lock(num_actions=None), "num_actions=None: must be a whole number of at least 2"),
+        (lambda: mixtures.lock(num_rooms=1.5), "num_rooms=1.5: must be a whole number in 1..S-1"),
+        (lambda: mixtures.hard_instance(2.5), "dimension=2.5: must be a whole number of at least 2"),
+        (lambda: mixtures.riverswim(6.0), "num_states=6.0: must be a whole number of at least 2"),
+        (lambda: mixtures.riverswim(num_regions=1.5), "num_regions=1.5: must be None or in 1..6"),
+        (lambda: mixtures.double_chain(4.5), "length=4.5: must be a whole number of at least 1"),
+        (lambda: mixtures.random_mixture(jax.random.key(0), -1), "num_states=-1: must be a whole number of at least 1"),
+        (lambda: tied_bits.sequences(3.0), "num_bits=3.0: must be a whole number in 1..16"),
+    ],
+)
+def test_sizes_of_the_wrong_kind_are_named(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()

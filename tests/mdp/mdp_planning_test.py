@@ -149,3 +149,12 @@ def test_errors_name_the_offending_entry():
         m.soft_value_iteration(two_states(), 0.0)
     with pytest.raises(ValueError, match="reward"):
         m.value_iteration(two_states().replace(reward=jnp.zeros((3, 2, 2))))
+
+
+@pytest.mark.parametrize("horizon", [3.0, "3", float("nan"), 0, -1])
+@pytest.mark.parametrize(
+    "plan", [m.backward_induction, lambda mdp, horizon: m.soft_backward_induction(mdp, 0.1, horizon)]
+)
+def test_a_horizon_that_is_none_is_named(plan, horizon):
+    with pytest.raises(ValueError, match=f"horizon={horizon!r}: must be a whole number of at least 1"):
+        plan(two_states(), horizon)
