@@ -1,6 +1,10 @@
-"""A small study with a stage and a loop, for the tests of launchers; ``python -m`` runs it as a launcher would."""
+"""A small study with a stage and a loop, for the tests of launchers; ``python -m`` runs it as a launcher would.
+
+``SAMPLE_PAUSE`` in the environment are seconds more before each step, which are no part of the run's identity.
+"""
 
 import dataclasses
+import os
 import sys
 import time
 from typing import Literal, NamedTuple
@@ -54,7 +58,7 @@ def _run(run):
     def advance(state, start, num_steps):
         positions = []
         for t in range(start, start + num_steps):
-            time.sleep(run.config.pause_seconds)
+            time.sleep(run.config.pause_seconds + float(os.environ.get("SAMPLE_PAUSE", 0)))
             if run.config.fail == "loop" and t == run.config.num_steps // 2:
                 raise FloatingPointError("asked to fail")
             state = step(state, t)

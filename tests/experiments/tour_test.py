@@ -1,7 +1,14 @@
 """The tour: what it runs, what it writes, and what it does when a study fails or is finished already."""
 
+import fcntl
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +16,8 @@ from experiments.common.flags import UsageError
 from experiments.common.study import Study
 from experiments.tour import tour
 from tests.experiments.sample_study import STUDY
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Page(HTMLParser):
@@ -101,3 +110,32 @@ def test_bad_usage(sample_tour, tmp_path, capsys, arguments, message):
     assert tour.main([argument.format(folder=tmp_path) for argument in arguments]) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "letters").iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_an_interrupted_tour_leaves_no_process_and_goes_on(tmp_path):
+    """Control-C while two studies run: code 130, one line that says how to go on, which does."""
+    environment = {**os.environ, "XLA_FLAGS": "", "SAMPLE_PAUSE": "60"}
+    workdir = tmp_path / "tour"
+    words = [sys.executable, "-m", "tests.experiments.sample_tour", "--preset=smoke", f"--workdir={workdir}"]
+    process = subprocess.Popen(
+        [*words, "--jobs=2"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    running = [workdir / "sample" / name / "stages" / "widths.npz" for name in ("one", "two")]
+    deadline = time.monotonic() + 60
+    while not all(path.exists() for path in running) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert error.strip() == f"interrupted: --workdir={workdir} --resume continues"
+    assert "[3/3]" not in printed  # what waits does not start
+    for name in ("one", "two"):  # nobody holds a folder any more
+        with (workdir / "sample" / name / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    environment["SAMPLE_PAUSE"] = "0"
+    again = subprocess.run([*words, "--jobs=3", "--resume"], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done in") == 3 and (workdir / "report.html").exists()
