@@ -8,7 +8,7 @@ stored arrays stay in layer order (:func:`circular_layers`).
 
 *1F1B* runs in tick t the forward pass of micro-batch t - p and the backward pass of micro-batch t - 2(PP - 1) + p.
 At most 2·PP - 1 micro-batches wait for their backward pass, whatever their number, in a ring buffer. Of each it holds
-inputs of layers, which then repeat the exchange of tokens too, where the policy recomputes whole layers ("full",
+inputs of layers, which then send tokens to experts again too, where the policy recomputes whole layers ("full",
 "full_with_dispatch"); else the input of the stage alone, whose forward pass the backward pass repeats, so that what a
 layer keeps is there for one micro-batch at a time. With ``pending="all"`` it holds all that the policy keeps.
 The first PP - 1 ticks have no backward pass on any stage and the last PP - 1 no forward pass, so they run without: each
@@ -64,7 +64,7 @@ def repeats_stages(config: MoEConfig, stages: int) -> bool:
 
 
 def repeats_exchanges(config: MoEConfig, stages: int) -> bool:
-    """Whether layers that are recomputed exchange tokens again."""
+    """Whether layers that are recomputed send tokens to their experts again; what came back is never needed."""
     return config.remat == "full_with_dispatch" or (config.remat == "full" and _keeps_inputs(config, stages))
 
 

@@ -44,7 +44,7 @@ def lowered_gradients(text, batch, **options):
     return function.lower(state.params, batch, config=config, folding=folding), state.params
 
 
-def compiled_stack(policy):
+def stack_of_layers(policy):
     """Gradients of four residual sparse layers on two ranks under a policy of recomputation, and their arguments."""
     folding = moe.Folding.parse("attention=dp2 experts=ep2")
     config = moe.MoEConfig(model=MODEL, remat=policy, dispatch="drop_pad", capacity_factor=2.0)
@@ -66,7 +66,7 @@ def compiled_stack(policy):
     split, tokens = folding.spec(None, "ep"), folding.spec("dp")
     specs = {name: folding.spec() if name == "router" else split for name in layers}
     mapped = jax.shard_map(local, mesh=folding.mesh(), in_specs=(specs, tokens), out_specs=folding.spec())
-    return jax.jit(jax.grad(mapped)).lower(layers, x).compile(quick_compile()), layers, x
+    return jax.jit(jax.grad(mapped)), layers, x
 
 
 def test_recomputation_saves_memory_and_repeats_no_exchange_unasked():
@@ -76,7 +76,8 @@ def test_recomputation_saves_memory_and_repeats_no_exchange_unasked():
     """
     exchanges, memory, values = {}, {}, {}
     for policy in ("none", "elementwise", "experts", "full", "full_with_dispatch"):
-        compiled, *arguments = compiled_stack(policy)
+        gradient, *arguments = stack_of_layers(policy)
+        compiled = gradient.lower(*arguments).compile(quick_compile())
         exchanges[policy] = sum(item.kind == "all-to-all" for item in moe.audit(compiled))
         memory[policy] = compiled.memory_analysis().temp_size_in_bytes
         values[policy] = compiled(*arguments)
@@ -86,6 +87,20 @@ def test_recomputation_saves_memory_and_repeats_no_exchange_unasked():
     assert memory["none"] > memory["elementwise"] > memory["full"], memory
     for policy in ("elementwise", "experts", "full", "full_with_dispatch"):
         assert max(relative_errors(values[policy], values["none"]).values()) <= 1e-5
+
+
+def stacks(jaxpr, shape):
+    """How many stacks of a shape scans hand out."""
+    inner = sum(stacks(body, shape) for equation in jaxpr.eqns for body in jaxprs_in_params(equation.params))
+    scans = [equation for equation in jaxpr.eqns if equation.primitive.name == "scan"]
+    return inner + sum(variable.aval.shape == shape for equation in scans for variable in equation.outvars)
+
+
+@pytest.mark.parametrize(("policy", "number"), [("elementwise", 1), ("full", 1), ("full_with_dispatch", 0)])
+def test_rows_are_kept_on_their_way_out_alone(policy, number):
+    """128 tokens a rank, two copies each, twice the even share: 512 rows of width 16 a layer; traced alone."""
+    gradient, *arguments = stack_of_layers(policy)
+    assert stacks(gradient.trace(*arguments).jaxpr.jaxpr, (4, 512, 16)) == number
 
 
 def runs(jaxpr, kinds):
