@@ -46,6 +46,15 @@ class WeightRule(NamedTuple):
         init: ``init() -> state``.
         step: ``step(state, signals) -> (state, weights [K])``.
         reads: names of the signals that the rule reads, so that nobody computes the others.
+
+    One of your own, with more weight where an objective is lower:
+
+    >>> def lowest_first(state, signals):
+    ...     return state, jax.nn.softmax(-signals.objectives)
+    >>> rule = WeightRule(lambda: (), lowest_first, ("objectives",))
+    >>> _, weights = rule.step(rule.init(), Signals(objectives=jnp.array([0.0, 2.0])))
+    >>> [round(float(weight), 2) for weight in weights]
+    [0.88, 0.12]
     """
 
     init: Callable[[], Any]

@@ -44,6 +44,7 @@ def plan(exploration: Exploration, rewards: Array) -> Policies:
         ValueError: the rewards do not have the shape of the model; concrete rewards are negative or not finite (the
             entry is named), or collect more than 1 along a path (it is named). Inside jit see ``Policies.outside``.
     """
+    rewards = jnp.asarray(rewards)  # NumPy's float64 becomes what JAX computes in, without a warning
     if rewards.ndim == 4:
         check_rewards_on(exploration.support, exploration.successors, exploration.start, rewards, "rewards")
     return plan_model(exploration.model, exploration.successors, exploration.start, rewards, exploration.support)

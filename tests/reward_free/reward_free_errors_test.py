@@ -212,3 +212,16 @@ def test_studies_refuse_names_that_they_do_not_have(study, argument):
     configuration = importlib.import_module(f"experiments.reward_free.{study}").STUDY.config
     with pytest.raises(ValueError, match=f"{argument}=\\['nothing'\\]: must be among"):
         configuration(**{argument: ("nothing",)})
+
+
+def test_rewards_of_numpy_are_planned_for_without_a_warning():
+    """NumPy's float64 and lists, as people write their own rewards; warnings are errors here."""
+    world = mixtures.lock(4, 2, 2)
+    found = jax.jit(lambda key: rf.explore(key, world, CONFIG))(jax.random.key(0))
+    own = np.zeros((1, 4, 4, 2))
+    own[:, -1, 3] = 1.0
+    expected = rf.plan(found, jnp.asarray(own, jnp.float32)).actions
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rewards in (own, own.tolist()):
+            np.testing.assert_array_equal(rf.plan(found, rewards).actions, expected)
