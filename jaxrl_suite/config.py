@@ -7,6 +7,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, Self
 
 import jax
@@ -25,6 +26,20 @@ def check(condition: bool, *, argument: str, value: Any, rule: str, remedy: str 
     """
     if not condition:
         raise ValueError(f"{argument}={value!r}: {rule}." + (f" {remedy}." if remedy else ""))
+
+
+def check_count(least: int, *, most: int | None = None, why: str = "", **counts: Any) -> None:
+    """Refuses what is no whole number from ``least`` on, at most ``most``; for numbers known before anything is traced.
+
+    >>> check_count(1, horizon=3)
+    >>> check_count(1, most=4, size=2.5, why=": all are listed")
+    Traceback (most recent call last):
+    ValueError: size=2.5: must be a whole number in 1..4: all are listed.
+    """
+    span = f"of at least {least}" if most is None else f"in {least}..{most}"
+    for argument, value in counts.items():
+        fits = isinstance(value, Integral) and least <= value and (most is None or value <= most)
+        check(fits, argument=argument, value=value, rule=f"must be a whole number {span}{why}")
 
 
 def check_key(key: Any) -> None:

@@ -1,11 +1,9 @@
 """Integer mass mode: laws as counts of a fixed total, so that couplings are exact and equal on every device."""
 
-from numbers import Integral
-
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import check
+from jaxrl_suite.config import check_count
 from jaxrl_suite.coupling.sorting import sort_descending
 from jaxrl_suite.coupling.sparse import as_laws, check_law, is_law
 from jaxrl_suite.types import Array
@@ -31,12 +29,7 @@ def integer_masses(p: Array, *, total_bits: int = 30) -> Array:
     >>> integer_masses(jnp.array([0.5, 0.3, 0.2]), total_bits=3).tolist()
     [4, 2, 2]
     """
-    check(
-        isinstance(total_bits, Integral) and 1 <= total_bits <= 30,
-        argument="total_bits",
-        value=total_bits,
-        rule="must be a whole number in 1..30",
-    )
+    check_count(1, most=30, total_bits=total_bits)
     (p,) = as_laws(p)
     check_law("p", p)
     counts = round_masses(p, 1 << total_bits)

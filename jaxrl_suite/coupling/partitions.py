@@ -1,13 +1,12 @@
 """All partitions of a small alphabet, and the best of them as an encoder."""
 
 import functools
-from numbers import Integral
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_suite.config import check
+from jaxrl_suite.config import check_count
 from jaxrl_suite.coupling.ebim import Encoder, rate_slack
 from jaxrl_suite.coupling.greedy import normalise
 from jaxrl_suite.coupling.sparse import as_laws, as_rate, check_law, check_rate, is_law
@@ -33,8 +32,7 @@ def partitions(size: int) -> np.ndarray:
     >>> partitions(3).tolist()
     [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 1, 2]]
     """
-    rule = f"must be a whole number in 1..{LARGEST_ALPHABET}: the number of partitions explodes"
-    check(isinstance(size, Integral) and 1 <= size <= LARGEST_ALPHABET, argument="size", value=size, rule=rule)
+    check_count(1, most=LARGEST_ALPHABET, size=size, why=": the number of partitions explodes")
     rows = np.zeros((1, 1), np.int32)
     for _ in range(size - 1):
         choices = rows.max(axis=1) + 2

@@ -14,13 +14,12 @@ and updates u by an outer product. A tree that no single exchange improves need 
 """
 
 import functools
-from numbers import Integral
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import check
+from jaxrl_suite.config import check, check_count
 from jaxrl_suite.coupling.bounds import coupling_bounds
 from jaxrl_suite.coupling.greedy import (
     Rule,
@@ -106,12 +105,7 @@ def polished_coupling(p: Array, q: Array, *, rule: Rule = "best", max_pivots: in
         remedy="Divide counts by their sum",
     )
     limit = 4 * (p.shape[0] + q.shape[0]) if max_pivots is None else max_pivots
-    check(
-        isinstance(limit, Integral) and limit >= 0,
-        argument="max_pivots",
-        value=limit,
-        rule="must be a whole number from 0",
-    )
+    check_count(0, max_pivots=limit)
     return _polished(p, q, rule, limit)
 
 

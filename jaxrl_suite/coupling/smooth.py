@@ -14,12 +14,11 @@ by Sinkhorn scaling, and again. It converges towards a vertex of the polytope.
 """
 
 import functools
-from numbers import Integral
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import check
+from jaxrl_suite.config import check, check_count
 from jaxrl_suite.coupling.greedy import equal_mass, normalise
 from jaxrl_suite.coupling.sparse import as_laws, check_law, is_concrete, is_law
 from jaxrl_suite.types import Array
@@ -128,9 +127,7 @@ def sharpen_coupling(joint: Array, power: Array | float = 1.2, *, num_powers: in
     power = jnp.asarray(power, joint.dtype)
     if is_concrete(power):
         check(float(power) > 1, argument="power", value=float(power), rule="must be above 1")
-    for name, value in (("num_powers", num_powers), ("num_scalings", num_scalings)):
-        fits = isinstance(value, Integral) and value >= 0
-        check(fits, argument=name, value=value, rule="must be a whole number from 0")
+    check_count(0, num_powers=num_powers, num_scalings=num_scalings)
     return _sharpen(joint, power, num_powers, num_scalings)
 
 

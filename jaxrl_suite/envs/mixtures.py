@@ -5,7 +5,6 @@ only in states that are hard to reach: the lock and the worlds with a weight a r
 RiverSwim, where every transition tells of every weight, are negative controls.
 """
 
-from numbers import Integral
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_suite.config import check, check_key
+from jaxrl_suite.config import check, check_count, check_key
 from jaxrl_suite.mdp import LinearMixtureMDP, linear_mixture, validate_mixture
 from jaxrl_suite.types import PRNGKey
 
@@ -134,18 +133,11 @@ def region_chain(
     return _stretches(num_states, 2, num_regions, stall, reset=False)
 
 
-def _check_sizes(least: int, **sizes: int) -> None:
-    for name, value in sizes.items():
-        fits = isinstance(value, Integral) and value >= least
-        check(fits, argument=name, value=value, rule=f"must be a whole number of at least {least}")
-
-
 def _stretches(
     num_states: int, num_actions: int, num_rooms: int, stall: tuple[float, ...] | None, *, reset: bool
 ) -> LinearMixtureMDP:
-    _check_sizes(2, num_states=num_states, num_actions=num_actions)
-    fits = isinstance(num_rooms, Integral) and 1 <= num_rooms < num_states
-    check(fits, argument="num_rooms", value=num_rooms, rule="must be a whole number in 1..S-1")
+    check_count(2, num_states=num_states, num_actions=num_actions)
+    check_count(1, most=num_states - 1, num_rooms=num_rooms)
     stall = tuple(np.linspace(0.1, 0.4, num_rooms)) if stall is None else stall
     check(len(stall) == num_rooms, argument="stall", value=stall, rule=f"must have one entry a room, {num_rooms}")
     kernels = np.zeros((1 + num_rooms, num_states, num_actions, num_states))
@@ -184,7 +176,7 @@ def hard_instance(
     References:
         Zhang, Zhang, Gu, 2023, arXiv 2303.10165, lower bound; Zhou, Gu, 2022, arXiv 2205.11507.
     """
-    _check_sizes(2, dimension=dimension)
+    check_count(2, dimension=dimension)
     bits = dimension - 1
     check(0 < bits * gap <= success, argument="gap", value=gap, rule=f"(D - 1) gap must be in (0, {success:.4g}]")
     signs = tuple((-1) ** i for i in range(bits)) if signs is None else signs
@@ -222,11 +214,10 @@ def riverswim(
     Returns:
         The world.
     """
-    _check_sizes(2, num_states=num_states)
+    check_count(2, num_states=num_states)
     check(abs(sum(current) - 1) < 1e-9, argument="current", value=current, rule="must sum to 1")
-    fits = num_regions is None or (isinstance(num_regions, Integral) and 1 <= num_regions <= num_states)
-    check(fits, argument="num_regions", value=num_regions,
-          rule=f"must be None or in 1..{num_states}")  # fmt: skip
+    if num_regions is not None:
+        check_count(1, most=num_states, num_regions=num_regions)
     right, _, left = current
     shared = num_regions is None
     regions = 1 if shared else num_regions
@@ -267,7 +258,7 @@ def random_mixture(
         The world.
     """
     check_key(key)
-    _check_sizes(1, num_states=num_states, num_actions=num_actions, dimension=dimension)
+    check_count(1, num_states=num_states, num_actions=num_actions, dimension=dimension)
     kernel_key, theta_key = jax.random.split(key)
     alpha = jnp.full(num_states, concentration)
     kernels = np.asarray(jax.random.dirichlet(kernel_key, alpha, (dimension, num_states, num_actions)), np.float64)
@@ -285,7 +276,7 @@ def double_chain(length: int = 5, *, slip: float = 0.1) -> LinearMixtureMDP:
     Returns:
         The world; coverage of its ends tells explorers apart.
     """
-    _check_sizes(1, length=length)
+    check_count(1, length=length)
     states = 2 * length + 1
     kernels = np.zeros((2, states, 2, states))
     for state in range(states):

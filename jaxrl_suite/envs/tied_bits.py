@@ -8,13 +8,12 @@ Every weighted sum is convex in p, so it is largest at an end. A policy that may
 
 import itertools
 import math
-from numbers import Integral
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_suite.config import check
+from jaxrl_suite.config import check_count
 from jaxrl_suite.types import Array, PRNGKey
 
 
@@ -24,8 +23,7 @@ def sequences(num_bits: int) -> np.ndarray:
     >>> sequences(2).tolist()
     [[0, 0], [0, 1], [1, 0], [1, 1]]
     """
-    fits = isinstance(num_bits, Integral) and 1 <= num_bits <= 16
-    check(fits, argument="num_bits", value=num_bits, rule="must be a whole number in 1..16, since all are listed")
+    check_count(1, most=16, num_bits=num_bits, why=", since all are listed")
     return np.array(list(itertools.product((0, 1), repeat=num_bits)), np.int32)
 
 

@@ -1,13 +1,12 @@
 """Exact planning in finite models: discounted and finite-horizon, with derivatives by the implicit function theorem."""
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import check
+from jaxrl_suite.config import check, check_count
 from jaxrl_suite.mdp.tabular import TabularMDP, action_probabilities, expected_value, policy_kernel
 from jaxrl_suite.types import Array
 
@@ -213,6 +212,5 @@ def _stepwise_reward(mdp: TabularMDP, horizon: int | None) -> Array:
         check(horizon in (None, steps), argument="horizon", value=horizon, rule=f"the reward has {steps} steps")
         return mdp.reward
     check(horizon is not None, argument="horizon", value=horizon, rule="needed when the reward is [S, A]")
-    fits = isinstance(horizon, Integral) and horizon >= 1
-    check(fits, argument="horizon", value=horizon, rule="must be a whole number of at least 1")
+    check_count(1, horizon=horizon)
     return jnp.broadcast_to(mdp.reward, (horizon, *mdp.reward.shape))

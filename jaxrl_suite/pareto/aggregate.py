@@ -5,13 +5,12 @@ sees a gradient, so the cost does not depend on the number of parameters.
 """
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import check
+from jaxrl_suite.config import check, check_count
 from jaxrl_suite.pareto.quadratic import solve_quadratic
 from jaxrl_suite.types import Array, PRNGKey
 
@@ -95,8 +94,7 @@ def cagrad(gram: Array, *, radius: Array | float = 0.5, num_rounds: int = 40) ->
     References:
         Liu et al. (2021), arXiv 2110.14048, algorithm 1.
     """
-    fits = isinstance(num_rounds, Integral) and num_rounds >= 1
-    check(fits, argument="num_rounds", value=num_rounds, rule="must be a whole number of at least 1")
+    check_count(1, num_rounds=num_rounds)
     size = gram.shape[0]
     mean = jnp.full((size,), 1.0 / size, gram.dtype)
     to_mean = gram @ mean
@@ -135,8 +133,7 @@ def nash_mtl(gram: Array, *, num_steps: int = 50) -> Array:
     References:
         Navon et al. (2022), arXiv 2202.01017, claim 3.1.
     """
-    fits = isinstance(num_steps, Integral) and num_steps >= 1
-    check(fits, argument="num_steps", value=num_steps, rule="must be a whole number of at least 1")
+    check_count(1, num_steps=num_steps)
     size = gram.shape[0]
     scale = jnp.maximum(jnp.trace(gram) / size, jnp.finfo(gram.dtype).tiny)
     matrix = gram / scale + jnp.finfo(gram.dtype).eps * jnp.eye(size, dtype=gram.dtype)

@@ -1,12 +1,11 @@
 """Who dominates whom, and an archive of fixed capacity that keeps the best set seen so far."""
 
-from numbers import Integral
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import check
+from jaxrl_suite.config import check, check_count
 from jaxrl_suite.pareto.hypervolume import check_known, hypervolume_contributions, hypervolume_improvement
 from jaxrl_suite.types import Array
 
@@ -81,8 +80,7 @@ def init_archive(capacity: int, reference: Array) -> Archive:
     Raises:
         ValueError: the capacity is not positive, or the reference is not a vector or holds NaN.
     """
-    fits = isinstance(capacity, Integral) and capacity > 0
-    check(fits, argument="capacity", value=capacity, rule="must be positive and whole")
+    check_count(1, capacity=capacity)
     reference = jnp.asarray(reference)
     check(reference.ndim == 1, argument="reference", value=reference.shape, rule="must have shape [K]")
     check_known("reference", reference)

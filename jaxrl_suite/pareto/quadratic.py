@@ -3,13 +3,12 @@
 Accelerated projected gradient steps find the active set, one linear system on it gives the last digits.
 """
 
-from numbers import Integral
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import check
+from jaxrl_suite.config import check_count
 from jaxrl_suite.types import Array
 
 
@@ -87,8 +86,7 @@ def solve_quadratic(
     References:
         Beck and Teboulle (2009), FISTA; O'Donoghue and Candes (2015), adaptive restart.
     """
-    fits = isinstance(num_steps, Integral) and num_steps >= 1
-    check(fits, argument="num_steps", value=num_steps, rule="must be a whole number of at least 1")
+    check_count(1, num_steps=num_steps)
     size = matrix.shape[0]
     scale = jnp.maximum(jnp.maximum(jnp.trace(matrix), jnp.max(jnp.abs(linear))), jnp.finfo(matrix.dtype).tiny)
     matrix, linear = matrix / scale, linear / scale

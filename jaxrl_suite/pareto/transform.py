@@ -1,14 +1,13 @@
 """Several objectives in one optax chain: a transformation from stacked gradients to one update; and FAMO's weights."""
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_suite.config import check
+from jaxrl_suite.config import check_count
 from jaxrl_suite.pareto.aggregate import Aggregator, aggregate
 from jaxrl_suite.pareto.influence import gram_influence, gram_of
 from jaxrl_suite.pareto.weights import Signals, WeightRule, check_simplex
@@ -59,8 +58,7 @@ def multi_objective(
     >>> updates["x"].tolist()
     [-0.5, -0.5]
     """
-    fits = isinstance(num_objectives, Integral) and num_objectives >= 1
-    check(fits, argument="num_objectives", value=num_objectives, rule="must be a whole number of at least 1")
+    check_count(1, num_objectives=num_objectives)
 
     def init(params: Any) -> MultiObjectiveState:
         dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)

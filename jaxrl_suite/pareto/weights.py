@@ -10,14 +10,13 @@ A rule reads the signals that it needs and leaves the others alone. Weights lie 
 """
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_suite.config import check
+from jaxrl_suite.config import check, check_count
 from jaxrl_suite.pareto.dominance import Archive, archive_insert, init_archive
 from jaxrl_suite.pareto.hypervolume import check_known, hypervolume, hypervolume_improvement
 from jaxrl_suite.types import Array
@@ -257,8 +256,7 @@ def influence_weights(
     """
     weights = check_simplex(weights)
     num_objectives = weights.shape[0]
-    fits = isinstance(interval, Integral) and interval >= 1
-    check(fits, argument="interval", value=interval, rule="must be a whole number of at least 1")
+    check_count(1, interval=interval)
     check(0 <= floor * num_objectives <= 1, argument="floor", value=floor, rule="must lie in [0, 1 / K]")
 
     def init() -> InfluenceState:

@@ -238,10 +238,16 @@ P, Q = jnp.array(GOOD), jnp.array([0.6, 0.4])
         (lambda: integer_masses(P, total_bits=None), "total_bits=None: must be a whole number in 1..30"),
         (lambda: partitions(2.5), "size=2.5: must be a whole number in 1.."),
         (lambda: partitions("3"), "size='3': must be a whole number in 1.."),
-        (lambda: polished_coupling(P, Q, max_pivots="4"), "max_pivots='4': must be a whole number from 0"),
-        (lambda: polished_coupling(P, Q, max_pivots=4.5), "max_pivots=4.5: must be a whole number from 0"),
-        (lambda: sharpen_coupling(P[:, None] * Q, num_powers=-1), "num_powers=-1: must be a whole number from 0"),
-        (lambda: sharpen_coupling(P[:, None] * Q, num_scalings=2.5), "num_scalings=2.5: must be a whole number from 0"),
+        (lambda: polished_coupling(P, Q, max_pivots="4"), "max_pivots='4': must be a whole number of at least 0"),
+        (lambda: polished_coupling(P, Q, max_pivots=4.5), "max_pivots=4.5: must be a whole number of at least 0"),
+        (
+            lambda: sharpen_coupling(P[:, None] * Q, num_powers=-1),
+            "num_powers=-1: must be a whole number",
+        ),
+        (
+            lambda: sharpen_coupling(P[:, None] * Q, num_scalings=2.5),
+            "num_scalings=2.5: must be a whole number",
+        ),
     ],
 )
 def test_arguments_of_the_wrong_kind_are_named(call, message):
