@@ -152,7 +152,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--train_step",
         action="store_true",
-        help="by the memory of this package's train step, not of the paper's framework (recompute: activation or full)",
+        help="by memory and pipeline (1F1B, not interleaved) of this package's train step, not of the paper's "
+        "framework (recompute: activation or full)",
     )
     parser.add_argument("--folding", help="also predict this one and compare it with the best")
     parser.add_argument("--top", type=int, default=5, help="rows to show and explain (default 5)")

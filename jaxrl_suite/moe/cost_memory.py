@@ -144,15 +144,18 @@ def device_memory(
 
 
 class MemoryModel(NamedTuple):
-    """Whose memory a plan goes by.
+    """Whose memory a plan goes by, and whose pipeline.
 
     Attributes:
         of: ``of(model, folding, workload) -> Memory`` of the fullest device.
         levels: levels of recomputation that it knows, the least first.
+        interleaved: whether stages are interleaved where 2 PP - 1 micro-batches would wait otherwise; if not, nothing
+            divides the bubble of (PP - 1) / m.
     """
 
     of: Callable[[LanguageModelConfig, Folding, Workload], Memory]
     levels: Sequence[Recompute]
+    interleaved: bool = True
 
 
 FRAMEWORK = MemoryModel(device_memory, RECOMPUTE)

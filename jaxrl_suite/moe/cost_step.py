@@ -70,7 +70,7 @@ def step_memory(model: LanguageModelConfig, folding: Folding, workload: Workload
     )
 
 
-TRAIN_STEP = MemoryModel(step_memory, _LEVELS)
+TRAIN_STEP = MemoryModel(step_memory, _LEVELS, interleaved=False)  # its 1F1B has one chunk a stage
 
 
 def _kept(model: LanguageModelConfig, folding: Folding, workload: Workload) -> float:

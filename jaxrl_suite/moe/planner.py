@@ -101,7 +101,8 @@ def plan(
         workload: sequence, batch, micro-batch; its sharding and recompute are replaced by what is chosen here.
         hardware: the machine; the paper's by default.
         constants: what the machine reaches.
-        memory_model: whose memory: ``cost_memory.FRAMEWORK``, the paper's, or ``cost_step.TRAIN_STEP``, this package's.
+        memory_model: whose memory and pipeline: ``cost_memory.FRAMEWORK``, the paper's, or ``cost_step.TRAIN_STEP``,
+            this package's.
         recompute: a level for all, or "auto": for each folding the cheapest level that fits.
         shardings: what may be split over data ranks; "fsdp" is considered without a pipeline only.
 
@@ -131,7 +132,7 @@ def plan(
         for sharding in shardings
         if sharding == "zero1" or (folding.pp == 1 and folding.dp * folding.cp > 1)
     ]
-    candidates = _predict(model, chosen, hardware, constants)
+    candidates = _predict(model, chosen, hardware, constants, memory_model)
     candidates.sort(key=lambda c: (not c.fits, float(c.seconds.total) if c.fits else float(c.memory.total)))
     return Plan(candidates, len(everything), dict(rejected), memory_model)
 
@@ -154,7 +155,7 @@ def predict(
     check(not problem, argument="folding", value=str(folding), rule=f"breaks the rule: {problem}")
     hardware = Hardware() if hardware is None else hardware
     held = memory_model.of(model, folding, workload)
-    return _predict(model, [(folding, workload, held)], hardware, constants)[0]
+    return _predict(model, [(folding, workload, held)], hardware, constants, memory_model)[0]
 
 
 def first_problem(model: LanguageModelConfig, folding: Folding, workload: Workload) -> str:
@@ -277,8 +278,11 @@ def _predict(
     chosen: Sequence[tuple[Folding, Workload, Memory]],
     hardware: Hardware,
     constants: Constants,
+    memory_model: MemoryModel,
 ) -> list[Candidate]:
     """Times of all rows at once, in float64."""
+    if not memory_model.interleaved:
+        constants = constants._replace(interleave=1.0)
     rows = [counts_of(model, folding, workload, node_size=hardware.node_size) for folding, workload, _ in chosen]
     table = stack_counts(rows)
     seconds = step_time(table, constants, hardware)

@@ -19,7 +19,7 @@ from experiments.cluster.paper_tables import METHODS, all_rows, table_3, table_4
 from experiments.cluster.plan_report import beyond_published, difference
 from experiments.cluster.predicted_mfu import as_run
 from jaxrl_suite.moe.cost_fit import PAPER_CONSTANTS, fit, predict, rank_correlation, select_rows
-from jaxrl_suite.moe.cost_memory import device_memory
+from jaxrl_suite.moe.cost_memory import FRAMEWORK, device_memory
 from jaxrl_suite.moe.cost_model import RECOMPUTE, Workload
 from jaxrl_suite.moe.cost_step import TRAIN_STEP, step_memory
 from jaxrl_suite.moe.hardware import Hardware
@@ -218,8 +218,9 @@ def test_plan_takes_the_programs_memory(capsys):
 def test_the_papers_mappings_with_the_memory_of_the_train_step():
     """All fit 80e9 bytes, and the 85.0e9 that XLA has for an H100, with nothing expensive repeated.
 
-    Each is among the first four and within 4 % of the best, but for G8T8's: 5.8 % behind TP = 2, which fits since
-    nobody keeps the rows that come back from experts (compiled: 79.7 GB).
+    Each is among the first four and within 4 % of the best. G8T8's would be 5.8 % behind TP = 2, which fits too
+    (compiled: 79.7 GB), if our 1F1B were interleaved as the paper's framework is: with TP = 4 twice as many
+    micro-batches fill a pipeline.
     """
     for limit in (84_978_434_048, 80e9):
         hardware = Hardware(memory_bytes=limit)
@@ -233,17 +234,30 @@ def test_the_papers_mappings_with_the_memory_of_the_train_step():
                 i for i, c in enumerate(found.fitting) if (c.folding, c.workload.sharding) == (row.folding, "zero1")
             ]
             own, best = found.fitting[place], found.fitting[0]
-            beaten = row.model == "mixtral-8x22b-g8t8" and (best.folding.tp, best.folding.ep) == (2, 8)
             assert own.workload.recompute == "activation" and place < 4, row
-            assert own.seconds.total < (1.06 if beaten else 1.04) * best.seconds.total, row
+            assert own.seconds.total < 1.03 * best.seconds.total, row
+
+
+def test_a_pipeline_that_is_not_interleaved_waits_longer():
+    """(PP - 1) / m of the micro-batches, whatever the fitted constants say of interleaving."""
+    row = next(row for row in table_3() if row.method == METHODS[-1])
+    step = workload_of(row, recompute="full")
+    plain, framework = (
+        predict_one(MODELS[row.model], row.folding, step, memory_model=memory_model).seconds
+        for memory_model in (TRAIN_STEP, FRAMEWORK)
+    )
+    busy = plain.total - plain.bubble - plain.gradients
+    num_microbatches = row.global_batch // row.folding.dp
+    assert plain.bubble == pytest.approx(busy * (row.folding.pp - 1) / num_microbatches)
+    assert framework.bubble == pytest.approx(plain.bubble / PAPER_CONSTANTS.interleave)
 
 
 def test_plan_by_the_memory_of_the_train_step(capsys):
     flags = ["--model=mixtral-8x22b", "--gpus=128", "--train_step", "--top=1"]
     code, text = run(capsys, *flags, "--memory_gb=85", "--json", "--folding=attention=dp64 experts=ep8.edp8 pipeline=2")
     found = json.loads(text)
-    assert code == 0 and found["candidates"][0]["folding"].startswith("attention=tp2.cp1.dp8 experts=etp1.ep8.edp2")
-    assert found["candidates"][0]["memory_bytes"]["total"] == pytest.approx(77.8e9, rel=0.02)
+    assert code == 0 and found["candidates"][0]["folding"].startswith("attention=tp4.cp1.dp4 experts=etp1.ep8.edp2")
+    assert found["candidates"][0]["memory_bytes"]["total"] == pytest.approx(52.1e9, rel=0.01)
     asked = found["asked"]
     assert not asked["fits"] and asked["recompute"] == "full"
     assert any("PP=4" in line for line in asked["explanation"])
