@@ -38,7 +38,7 @@ def check_count(least: int, *, most: int | None = None, why: str = "", **counts:
     """
     span = f"of at least {least}" if most is None else f"in {least}..{most}"
     for argument, value in counts.items():
-        fits = isinstance(value, Integral) and least <= value and (most is None or value <= most)
+        fits = isinstance(value, Integral) and int(value) >= least and (most is None or int(value) <= most)
         check(fits, argument=argument, value=value, rule=f"must be a whole number {span}{why}")
 
 
