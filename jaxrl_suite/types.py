@@ -76,6 +76,7 @@ class EarlyGradient(NamedTuple):
     Attributes:
         generate: as of a ``Policy``, with ``group=1``: rows come in runs of so many samples of one prompt. Returns the
             Generation and, where they can be used again and fit, the laws that the tokens were drawn from; else None.
+            May take ``spare``, laws that nobody reads any more, to write over them.
         weighted_log_probs: ``weighted_log_probs(params, tokens [B, T], segments, weights [B, T - start], *, start,
             laws=None, group=1) -> (sum(weights * log_probs), log_probs [B, T - start])``, the gradient of the sum
             computed on the way. ``laws`` must be those of the same parameters; rows of a group agree before ``start``.

@@ -149,8 +149,7 @@ class MemoryModel(NamedTuple):
     Attributes:
         of: ``of(model, folding, workload) -> Memory`` of the fullest device.
         levels: levels of recomputation that it knows, the least first.
-        interleaved: whether stages are interleaved where 2 PP - 1 micro-batches would wait otherwise; if not, nothing
-            divides the bubble of (PP - 1) / m.
+        interleaved: whether its pipeline is; if not, nothing divides the bubble of (PP - 1) / m.
     """
 
     of: Callable[[LanguageModelConfig, Folding, Workload], Memory]

@@ -141,7 +141,7 @@ def make_experts(params: Params, config: MoEConfig, num_rows: int = 0) -> Expert
         config: read for dtypes and block size. With ``expert_precision="float8"`` every product takes float8 operands
             (rows in blocks of 1 x 128, weights in tiles of 128 x 128 of what this rank holds) and sums in float32; the
             backward pass sees the rounded operands, cotangents are not rounded. Combine weights multiply before the
-            rounding, whose scale a row takes them up; their own derivative sees what is not rounded.
+            rounding, so that the scale of a row takes them up; their gradient sees the hidden row as it was.
         num_rows: rows that these experts get in all if the load is even, for the size of a block where it matters.
     """
     accumulate, num_local = config.model.accumulate_dtype, params["gate"].shape[0]

@@ -85,5 +85,5 @@ def test_a_dominating_point_clears_the_archive():
 
 
 def test_bad_capacity():
-    with pytest.raises(ValueError, match="capacity=0: must be positive"):
+    with pytest.raises(ValueError, match="capacity=0: must be a whole number of at least 1"):
         init_archive(0, jnp.zeros(2))
