@@ -166,8 +166,10 @@ def _items(params: Params, stack: LayerStack | None, expert: Array, live: Array)
 def _matrices_of(stack: LayerStack, index: Array) -> Params:
     """Those of one expert."""
 
+    zero = jnp.zeros_like(index)  # all of one dtype, whatever that of Python's numbers
+
     def take(leaf: Array) -> Array:
-        return jax.lax.dynamic_slice(leaf, (stack.layer, index, 0, 0), (1, 1, *leaf.shape[2:]))[0, 0]
+        return jax.lax.dynamic_slice(leaf, (stack.layer, index, zero, zero), (1, 1, *leaf.shape[2:]))[0, 0]
 
     return jax.tree.map(take, stack.matrices)
 
