@@ -8,6 +8,7 @@ rule runs over the grouped products of :mod:`jaxrl_suite.moe.grouped`. A weight 
 activation and last product, so that its derivative needs no output.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,10 +20,10 @@ from jaxrl_suite.moe.grouped import block_matmul, block_outer, blocks_of_experts
 from jaxrl_suite.moe.variance import vary_like, zeros_like_varying
 from jaxrl_suite.types import Array, Params
 
-# Products over fewer rows wait for the matrix, over more gain nothing. What is left of an expert goes by halves: with
-# many experts that is a third of all rows.
-_CHUNK_ROWS = (128, 64, 32)
-_Backward = tuple[Array, Array, Params]  # gradients by rows, by weights, and by the matrices of one expert
+# Rows of a chunk: products over fewer wait for the matrix, over more gain nothing. Where experts have few rows on
+# average, a chunk holds half as many again, so that most experts are one.
+_CHUNK_ROWS, _FEW_ROWS = 128, 256
+_Sums = tuple[Array, Array, Params]  # gradients by rows, by weights, and by the matrices of one expert
 
 
 class LayerStack(NamedTuple):
@@ -35,6 +36,19 @@ class LayerStack(NamedTuple):
 
     matrices: Params
     layer: Array
+
+
+class _Kept(NamedTuple):
+    """What the backward pass reads: the arguments, and what stands before the activation, [M, F] each."""
+
+    rows: Array
+    params: Params
+    weights: Array
+    gate: Array
+    up: Array
+    expert: Array
+    live: Array
+    stack: LayerStack | None
 
 
 @jax.custom_vjp
@@ -93,18 +107,9 @@ def _grouped_forward(
     return block_matmul(weighted_hidden(gate, up, weights), params["down"], expert, live), gate, up
 
 
-def _grouped_backward(
-    rows: Array,
-    params: Params,
-    weights: Array,
-    gate: Array,
-    up: Array,
-    cotangent: Array,
-    expert: Array,
-    live: Array,
-    _: LayerStack | None,
-) -> tuple[Array, Params, Array]:
+def _grouped_backward(kept: _Kept, cotangent: Array) -> tuple[Array, Params, Array]:
     """Gradients by rows, matrices and weights, by one grouped product after the other."""
+    rows, params, weights, gate, up, expert, live, _ = kept
     hidden, pull = jax.vjp(weighted_hidden, gate, up, weights)
     d_gate, d_up, d_weights = pull(block_matmul(cotangent, params["down"], expert, live, True))
     d_rows = block_matmul(d_gate, params["gate"], expert, live, True)
@@ -121,30 +126,43 @@ def _product(x: Array, y: Array, axes: tuple[int, int]) -> Array:
 
 
 def _over_chunks(
-    first: Array, number: Array, rows: tuple[int, int], step: Callable[[Array, int, Any], Any], carry: Any
+    first: Array, number: Array, sizes: tuple[int, int], step: Callable[[Array, int, bool, Any], Any], carry: Any
 ) -> Any:
-    """Folds ``step(first row, number of rows, carry)`` over an expert's blocks, large chunks before small ones.
+    """Folds ``step(first row, number of rows, whether these are the first, carry)`` over an expert's blocks.
+
+    What does not fill a chunk comes first and in one piece: there is a loop for each size that it can have, of which
+    one runs, once. (Conditionals would copy the carry.)
 
     Args:
         first: block at which the expert begins.
         number: of its blocks.
-        rows: in all, and of a block; static.
+        sizes: see :func:`_sizes`.
         step: of the fold.
         carry: its start.
     """
-    total, block = rows
-    done = number * 0
-    for blocks in sorted({1, *(max(1, min(chunk, total) // block) for chunk in _CHUNK_ROWS)}, reverse=True):
+    block, most = sizes
+    piece = jnp.where(number > 0, (number - 1) % most + 1, 0)
 
-        def advance(state: tuple[Array, Any], blocks: int = blocks) -> tuple[Array, Any]:
-            done, carry = state
-            return done + blocks, step((first + done) * block, blocks * block, carry)
+    def advance(blocks: int, is_first: bool, state: tuple[Array, Any]) -> tuple[Array, Any]:
+        done, carry = state
+        return done + blocks, step((first + done) * block, blocks * block, is_first, carry)
 
-        def more(state: tuple[Array, Any], blocks: int = blocks) -> Array:
-            return state[0] + blocks <= number
+    state = number * 0, carry
+    for blocks in range(1, most + 1):
 
-        done, carry = jax.lax.while_loop(more, advance, (done, carry))
-    return carry
+        def fits(state: tuple[Array, Any], blocks: int = blocks) -> Array:
+            return (state[0] == 0) & (piece == blocks)
+
+        state = jax.lax.while_loop(fits, functools.partial(advance, blocks, True), state)
+    return jax.lax.while_loop(lambda state: state[0] < number, functools.partial(advance, most, False), state)[1]
+
+
+def _sizes(rows: Array, expert: Array, num_experts: int) -> tuple[int, int]:
+    """Rows of a block, and blocks of a chunk."""
+    total, block = rows.shape[0], rows.shape[0] // expert.shape[0]
+    average = total // num_experts
+    chunk = _CHUNK_ROWS if average >= _FEW_ROWS else max(_CHUNK_ROWS // 2, min(_CHUNK_ROWS * 3 // 2, average * 3 // 2))
+    return block, max(1, min(chunk, total) // block)
 
 
 def _rows_at(array: Array, begin: Array, count: int) -> Array:
@@ -177,14 +195,15 @@ def _matrices_of(stack: LayerStack, index: Array) -> Params:
 def _walk_forward(
     rows: Array, params: Params, weights: Array, expert: Array, live: Array, stack: LayerStack | None
 ) -> tuple[Array, Array, Array]:
-    hidden_width, sizes = params["gate"].shape[2], (rows.shape[0], rows.shape[0] // expert.shape[0])
+    num_experts, _, hidden_width = params["gate"].shape
+    sizes = _sizes(rows, expert, num_experts)
     stack, items = _items(params, stack, expert, live)
 
     def one(arrays: tuple, item: tuple[Array, Array, Array]) -> tuple[tuple, None]:
         index, first, number = item
         matrices = _matrices_of(stack, index)
 
-        def step(begin: Array, count: int, arrays: tuple) -> tuple:
+        def step(begin: Array, count: int, _: bool, arrays: tuple) -> tuple:
             x = _rows_at(rows, begin, count)
             gate, up = (_product(x, matrices[name], (1, 0)).astype(x.dtype) for name in ("gate", "up"))
             y = _product(weighted_hidden(gate, up, _rows_at(weights, begin, count)), matrices["down"], (1, 0))
@@ -197,26 +216,17 @@ def _walk_forward(
     return jax.lax.scan(one, arrays, items)[0]
 
 
-def _walk_backward(
-    rows: Array,
-    params: Params,
-    weights: Array,
-    gate: Array,
-    up: Array,
-    cotangent: Array,
-    expert: Array,
-    live: Array,
-    stack: LayerStack | None,
-) -> tuple[Array, Params, Array]:
-    sizes = rows.shape[0], rows.shape[0] // expert.shape[0]
+def _walk_backward(kept: _Kept, cotangent: Array) -> tuple[Array, Params, Array]:
+    rows, params, weights, gate, up, expert, live, stack = kept
+    sizes = _sizes(rows, expert, params["gate"].shape[0])
     stack, items = _items(params, stack, expert, live)
     wide = jnp.promote_types(rows.dtype, jnp.float32)
 
-    def one(carry: _Backward, item: tuple[Array, Array, Array]) -> tuple[_Backward, Params]:
+    def one(carry: _Sums, item: tuple[Array, Array, Array]) -> tuple[_Sums, Params]:
         index, first, number = item
         matrices = _matrices_of(stack, index)
 
-        def step(begin: Array, count: int, carry: _Backward) -> _Backward:
+        def step(begin: Array, count: int, is_first: bool, carry: _Sums) -> _Sums:
             d_rows, d_weights, total = carry
             x, g, w, *before = (_rows_at(array, begin, count) for array in (rows, cotangent, weights, gate, up))
             hidden, pull = jax.vjp(_gated, *before)
@@ -226,19 +236,19 @@ def _walk_backward(
             d_gate, d_up = pull(_weigh(d_hidden, w))
             d_x = _product(d_gate, matrices["gate"], (1, 1)) + _product(d_up, matrices["up"], (1, 1))
             pairs = {"gate": (x, d_gate), "up": (x, d_up), "down": (_weigh(hidden, w), g)}
-            # The sums of the expert before lie in the cache: taking them for zero is cheaper than to write zeros.
-            sums = {name: jnp.where(begin == first * sizes[1], 0, leaf) for name, leaf in total.items()}
-            total = {name: sums[name] + _product(*pair, (0, 0)) for name, pair in pairs.items()}
+            products = {name: _product(*pair, (0, 0)) for name, pair in pairs.items()}
+            total = products if is_first else jax.tree.map(jnp.add, total, products)
             return _put(d_rows, d_x, begin), _put(d_weights, d_w, begin), total
 
         *by_row, total = _over_chunks(first, number, sizes, step, carry)
         own = {name: jnp.where(number > 0, leaf, 0).astype(rows.dtype) for name, leaf in total.items()}
+        own["up"] = own["up"].reshape(-1)  # in another shape than gate, see _swiglu_forward
         return (*by_row, total), own
 
     zeros = {name: zeros_like_varying(leaf.shape[1:], wide, rows) for name, leaf in params.items()}
     d_rows, d_weights = (zeros_like_varying(array.shape, array.dtype, rows) for array in (rows, weights))
     (d_rows, d_weights, _), d_params = jax.lax.scan(one, (d_rows, d_weights, zeros), items)
-    return d_rows, d_params, d_weights
+    return d_rows, d_params | {"up": d_params["up"].reshape(params["up"].shape)}, d_weights
 
 
 def _on_cpu(walk: Callable[..., Any], grouped: Callable[..., Any]) -> Callable[..., Any]:
@@ -261,18 +271,16 @@ _backward = _on_cpu(_walk_backward, _grouped_backward)
 
 def _swiglu_forward(
     rows: Array, params: Params, weights: Array, expert: Array, live: Array, stack: LayerStack | None
-) -> tuple[Array, tuple]:
+) -> tuple[Array, _Kept]:
     y, gate, up = _forward(rows, params, weights, expert, live, stack)
     # In another shape than gate: of two stacks alike XLA fills one with zeros and copies it to make the other.
     up = up.reshape(expert.shape[0], -1, up.shape[1])
     gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-    return y, (rows, params, weights, gate, up, expert, live, stack)
+    return y, _Kept(rows, params, weights, gate, up, expert, live, stack)
 
 
-def _swiglu_backward(residuals: tuple, cotangent: Array) -> tuple:
-    rows, params, weights, gate, up, expert, live, stack = residuals
-    arrays = rows, params, weights, gate, up.reshape(gate.shape), cotangent
-    d_rows, d_params, d_weights = _backward(*arrays, expert, live, stack)
+def _swiglu_backward(kept: _Kept, cotangent: Array) -> tuple:
+    d_rows, d_params, d_weights = _backward(kept._replace(up=kept.up.reshape(kept.gate.shape)), cotangent)
     return d_rows, d_params, d_weights, None, None, None
 
 

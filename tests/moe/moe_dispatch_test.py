@@ -115,16 +115,18 @@ def test_grouped_product_gradients_twice(block):
     assert_equal_twice(blocked, dense, rows, weights)
 
 
-@pytest.mark.parametrize(("block", "stacked"), [(8, False), (128, False), (8, True)])
-def test_block_swiglu_and_its_gradients_twice(block, stacked):
-    """Uneven experts, one of them without rows; with blocks of 8 one is walked in 16 + 8 + 4 blocks, two in 1 + 1."""
+@pytest.mark.parametrize(
+    ("block", "num", "stacked"), [(16, 240, False), (128, 240, False), (16, 240, True), (16, 1100, False)]
+)
+def test_block_swiglu_and_its_gradients_twice(block, num, stacked):
+    """Uneven experts, one of them without rows; blocks of 16 are walked in 7 + 7 and 1, of many rows in 4 + 8 x 8."""
     key = jax.random.key(0)
-    groups = jnp.where(jnp.arange(240) < 220, 2, jnp.arange(240) % 2 * 3).astype(jnp.int32)
+    groups = jnp.where(jnp.arange(num) < num - 20, 2, jnp.arange(num) % 2 * 3).astype(jnp.int32)
     groups = groups.at[7].set(4)  # a row of no expert
     sizes = {"gate": (4, 6, 5), "up": (4, 6, 5), "down": (4, 5, 6)}
     params = {name: jax.random.normal(jax.random.fold_in(key, i), s) / 4 for i, (name, s) in enumerate(sizes.items())}
-    rows = jax.random.normal(jax.random.fold_in(key, 3), (240, 6)) / 4
-    weights = jax.random.normal(jax.random.fold_in(key, 4), (240, 1))
+    rows = jax.random.normal(jax.random.fold_in(key, 3), (num, 6)) / 4
+    weights = jax.random.normal(jax.random.fold_in(key, 4), (num, 1))
     layout = align(groups, 4, block=block)
 
     def walked(rows, params, weights):
