@@ -5,8 +5,8 @@ from jaxrl_suite.moe.cost_model import token_flops
 from jaxrl_suite.moe.folding import Folding
 from jaxrl_suite.moe.pipeline import num_ticks, repeats_stages
 
-# Forward passes of a layer that the backward pass repeats, by policy; "elementwise" and "experts" repeat no product.
-_REPEATS = {"none": 0, "norms": 0, "elementwise": 0, "experts": 0, "attention": 0, "full": 1, "full_with_dispatch": 1}
+# Forward passes of a layer that the backward pass repeats, by policy; the others repeat no product of a layer.
+_REPEATS = {"full": 1, "full_with_dispatch": 1}
 _LAST = 1 / 3  # of the three products of experts: no backward pass of a layer needs what the last yields
 
 
@@ -14,9 +14,10 @@ def declared_flops(config: MoEConfig, folding: Folding, *, sequence: int, global
     """FLOPs of one step over all devices.
 
     * ``model``: three forward passes, attention counted causally; what MFU counts.
-    * ``recomputation``: forward passes repeated. The policy ``full`` repeats that of a layer, and GPipe under it that
-      of a stage once more; under any other policy 1F1B repeats that of a stage, since it keeps only its input;
-      blockwise attention recomputes its scores in the backward pass (half a forward pass).
+    * ``recomputation``: forward passes repeated. The policy ``experts`` repeats two of the three products of experts,
+      ``full`` all of a layer but the third, and GPipe under it that of a stage once more; under any other policy 1F1B
+      repeats that of a stage, since it keeps only its input; blockwise attention recomputes its scores in the backward
+      pass (half a forward pass).
     * ``head_on_every_stage``: all stages are one program, so each computes the output table, which counts on the last.
     * ``idle_ticks``: passes of a stage without a micro-batch compute all the same: (v m + PP - 1) / (v m) times
       everything that runs in a tick, in GPipe and in 1F1B (v = 1).
@@ -34,8 +35,9 @@ def declared_flops(config: MoEConfig, folding: Folding, *, sequence: int, global
     layers = tokens * (flops.forward - flops.head)
     surplus = tokens * flops.experts * (factor - 1)
     in_ticks = config.schedule == "1f1b" and stages > 1
-    repeats = _REPEATS[config.remat]
-    recomputed = -_LAST * repeats * tokens * factor * flops.experts
+    repeats = _REPEATS.get(config.remat, 0)
+    of_experts = 1 - _LAST if config.remat == "experts" else -_LAST * repeats
+    recomputed = of_experts * tokens * factor * flops.experts
     if stages > 1:  # under "full" a tick of GPipe is checkpointed as a whole
         repeats += repeats_stages(config, stages) if in_ticks else repeats
     recomputed += repeats * (layers + surplus) + 0.5 * tokens * flops.attention

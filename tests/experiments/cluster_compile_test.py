@@ -255,6 +255,10 @@ STEPS = {
         {"schedule": "1f1b", "remat": "elementwise", "pending": "all"},
     ),
     "GPipe, everything recomputed": ("attention=dp4 experts=ep4 pipeline=2", {"remat": "full"}),
+    "no pipeline, gate and up recomputed": (
+        "attention=tp2.cp2.dp2 experts=ep8",
+        {"context": "ring", "remat": "experts"},
+    ),
     "no pipeline, nothing recomputed": ("attention=tp2.cp2.dp2 experts=ep8", {"context": "ring"}),
 }
 
