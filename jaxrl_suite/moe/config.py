@@ -110,6 +110,8 @@ def check_folding(
     Raises:
         ValueError: something does not divide; one message with the numbers and the nearest foldings that work.
     """
+    rule, remedy = "must be a Folding", "Write moe.Folding.parse(text)"
+    check(isinstance(folding, Folding), argument="folding", value=folding, rule=rule, remedy=remedy)
     problems = _problems(config, folding, batch_size, length)
     if problems:
         others = [f for f in all_foldings(folding.num_ranks) if not _problems(config, f, batch_size, length)]

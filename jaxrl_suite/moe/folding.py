@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrl_suite.config import Config, check, field
+from jaxrl_suite.config import Config, check, check_count, field
 from jaxrl_suite.moe.atoms import Atoms, digits, groups_of, ordered_factorisations, refine
 
 ATTENTION_AXES = ("tp", "cp", "dp")  # innermost first
@@ -92,6 +92,8 @@ class Folding(Config):
         Raises:
             ValueError: the text does not follow the form, or no such folding exists.
         """
+        if num_devices is not None:
+            check_count(1, num_devices=num_devices)
         degrees = _parse_degrees(text)
         pipeline = degrees.get("pp", 1)
         if num_devices is None:

@@ -132,7 +132,13 @@ def language_batch(tokens: Array, segments: Array | None = None) -> Batch:
 
     Returns:
         Arrays [B, T]; a target in another segment or in padding does not count.
+
+    Raises:
+        ValueError: tokens of another shape or type.
     """
+    tokens, rule = jnp.asarray(tokens), "must be integers [B, T + 1]"
+    fits = jnp.issubdtype(tokens.dtype, jnp.integer) and tokens.ndim == 2 and tokens.shape[1] > 1
+    check(fits, argument="tokens", value=f"{tokens.dtype}{list(tokens.shape)}", rule=rule)
     if segments is None:
         segments = jnp.ones_like(tokens)
     inputs, own = tokens[:, :-1], segments[:, :-1]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl_suite.config import check_key
+from jaxrl_suite.config import check, check_key
 from jaxrl_suite.lm import flatten, init_params, unflatten
 from jaxrl_suite.moe.balancing import load_imbalance, update_balance_bias
 from jaxrl_suite.moe.config import HParams, MoEConfig, check_folding
@@ -132,6 +132,8 @@ def loss_and_gradients(
         ValueError: batch or model do not divide.
     """
     hparams = HParams() if hparams is None else hparams
+    rule, remedy = "must be a Batch", "Write moe.language_batch(tokens)"
+    check(isinstance(batch, Batch), argument="batch", value=type(batch).__name__, rule=rule, remedy=remedy)
     size, length = batch.inputs.shape
     check_folding(config, folding, batch_size=size, length=length)
     layout = make_layout(config, folding)

@@ -2,12 +2,21 @@ import itertools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_suite.lm import LanguageModelConfig
-from jaxrl_suite.moe import Folding, MoEConfig, check_folding, foldings
+from jaxrl_suite.moe import (
+    Folding,
+    MoEConfig,
+    check_folding,
+    foldings,
+    init_train_state,
+    language_batch,
+    loss_and_gradients,
+)
 from jaxrl_suite.moe.atoms import ordered_factorisations, refine
 from jaxrl_suite.moe.folding import ATTENTION_AXES, EXPERT_AXES, KINDS
 from tests.reference import moe_routing as reference
@@ -178,6 +187,23 @@ def test_node_crossings(node):
 def test_too_few_devices_say_what_to_do():
     with pytest.raises(ValueError, match="xla_force_host_platform_device_count"):
         Folding.parse("attention=tp2", 4096).mesh(jax.devices()[:1])
+
+
+def test_what_is_no_folding_or_no_batch_is_named():
+    """A text in place of a Folding, tokens in place of a Batch: said before anything is compiled."""
+    config = MoEConfig(model=LanguageModelConfig(family="mixtral", width=32, ffn_width=32, num_experts=8))
+    with pytest.raises(
+        ValueError, match=r"folding='attention=tp2': must be a Folding. Write moe.Folding.parse\(text\)"
+    ):
+        init_train_state(jax.random.key(0), config, "attention=tp2")
+    for devices in (8.0, 0):
+        with pytest.raises(ValueError, match=f"num_devices={devices}: must be a whole number of at least 1"):
+            Folding.parse("attention=tp2", devices)
+    with pytest.raises(ValueError, match=r"batch='ArrayImpl': must be a Batch. Write moe.language_batch\(tokens\)"):
+        loss_and_gradients({}, jnp.zeros((8, 33), jnp.int32), config, Folding())
+    for tokens in (jnp.zeros((8, 33)), jnp.zeros(33, jnp.int32), jnp.zeros((8, 1), jnp.int32)):
+        with pytest.raises(ValueError, match=r"tokens='(float32|int32)\[.*\]': must be integers \[B, T \+ 1\]"):
+            language_batch(tokens)
 
 
 def test_refinement_of_random_views():
