@@ -3,12 +3,14 @@
     python -m experiments.moe.train --folding="attention=tp2.dp4 experts=ep8" --num_steps=50 --workdir=runs/moe/a
     python -m experiments.moe.train --folding="attention=tp4.dp2 experts=etp2.ep4" --num_steps=80 --workdir=runs/moe/a
 
-The second command continues the first under another folding: checkpoints know nothing of foldings. Without a folding
-training is data parallel over the cores of the CPU, a virtual device each, which beats one device there.
-``--export=FOLDER`` writes a Hugging Face folder at the end. ``--model=small`` is a byte model; a folder with pretrained
-weights of a Mixtral, Qwen2-MoE or Qwen3-MoE is read straight onto the folding.
+The second command continues the first under another folding: checkpoints know nothing of foldings. A run that was
+killed goes on from its last checkpoint to the same numbers. Without a folding training is data parallel over the cores
+of the CPU, a virtual device each, which beats one device there. The workdir gets ``checkpoints/`` and
+``metrics.jsonl``, ``--export=FOLDER`` writes a Hugging Face folder at the end. ``--model=small`` is a byte model; a
+folder with pretrained weights of a Mixtral, Qwen2-MoE or Qwen3-MoE is read straight onto the folding.
 """
 
+import contextlib
 import math
 import os
 import sys
@@ -30,6 +32,7 @@ flags.DEFINE_string("data", "", "a text file, read as bytes (as tokens with a fo
 flags.DEFINE_string("workdir", "runs/moe/train", "checkpoints and metrics", flag_values=FLAGS)
 flags.DEFINE_string("export", "", "Hugging Face folder to write at the end", flag_values=FLAGS)
 flags.DEFINE_integer("num_steps", 50, "steps in all, those of earlier starts included", flag_values=FLAGS)
+flags.DEFINE_integer("save_every", 100, "steps between checkpoints; the last step has one too", flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 8, "sequences of a step", flag_values=FLAGS)
 flags.DEFINE_integer("length", 128, "tokens of a sequence", flag_values=FLAGS)
 flags.DEFINE_integer("num_microbatches", 0, "micro-batches; 0 for the number of stages", flag_values=FLAGS)
@@ -38,6 +41,27 @@ flags.DEFINE_float("capacity_factor", 0.0, "slots of an expert over its even sha
 flags.DEFINE_float("balance_coef", 0.01, "weight of the balancing loss", flag_values=FLAGS)
 flags.DEFINE_bool("keep_memory", True, "keep freed memory: faster on a CPU, a third more of it", flag_values=FLAGS)
 flags.DEFINE_float("peak_tflops", 0.0, "peak of one device for the MFU column; 0 leaves it out", flag_values=FLAGS)
+
+
+def check_flags() -> None:
+    """Refuses what cannot be, before JAX starts."""
+    from jaxrl_suite.config import check, check_count
+
+    check_count(1, **{f"--{name}": FLAGS[name].value for name in ("batch_size", "length", "save_every")})
+    check_count(0, **{f"--{name}": FLAGS[name].value for name in ("num_steps", "num_microbatches")})
+    for name in ("learning_rate", "capacity_factor", "balance_coef", "peak_tflops"):
+        value = FLAGS[name].value
+        fits = 0 < value < math.inf if name == "learning_rate" else 0 <= value < math.inf
+        rule = "must be finite and positive" if name == "learning_rate" else "must be finite and not negative"
+        check(fits, argument=f"--{name}", value=value, rule=rule)
+    if FLAGS.data:
+        remedy = "Name a text file, or leave --data out to train on Python's own source"
+        found = Path(FLAGS.data).is_file()
+        check(found, argument="--data", value=FLAGS.data, rule="there is no such file", remedy=remedy)
+    if FLAGS.model != "small":
+        remedy = "Name a Hugging Face folder, or leave --model out for a small byte model"
+        found = (Path(FLAGS.model) / "config.json").is_file()
+        check(found, argument="--model", value=FLAGS.model, rule="holds no config.json", remedy=remedy)
 
 
 def choose_folding() -> Any:
@@ -71,6 +95,7 @@ def build(folding: Any) -> tuple[Any, Any, Any]:
             ffn_width=128, num_experts=8, tied_head=False,
         )  # fmt: skip
         config = moe.MoEConfig(model=model, **options)
+        moe.check_folding(config, folding, batch_size=FLAGS.batch_size, length=FLAGS.length)
         return config, moe.init_train_state(jax.random.key(0), config, folding), None
     loaded = load_pretrained(FLAGS.model, folding, **options)
     return loaded.config, moe.state_from_params(loaded.params, loaded.config, folding), loaded.tokenizer
@@ -107,38 +132,59 @@ def train(folding: Any) -> None:
 
     from experiments.moe.corpus import windows
     from jaxrl_suite import moe
+    from jaxrl_suite.config import check
     from jaxrl_suite.io import checkpoint
+    from jaxrl_suite.io.metrics import JsonlWriter, truncate_jsonl
+    from jaxrl_suite.io.progress import ProgressBar
     from jaxrl_suite.moe.pretrained import save_pretrained
 
     config, state, tokenizer = build(folding)
     text = jnp.asarray(read_tokens(tokenizer))
-    folder = Path(FLAGS.workdir) / "checkpoints"
+    least = FLAGS.length + 2
+    remedy = "Use a longer text or a smaller --length"
+    rule = f"has {len(text)} tokens, windows of --length={FLAGS.length} take at least {least}"
+    check(len(text) >= least, argument="--data", value=FLAGS.data, rule=rule, remedy=remedy)
+    folder, log = Path(FLAGS.workdir) / "checkpoints", Path(FLAGS.workdir) / "metrics.jsonl"
     if checkpoint.latest_step(folder) is not None:
         state, _ = checkpoint.restore_checkpoint(folder, state)
         print(f"continuing at step {int(state.step)} of {folder}")
+    begun = int(state.step)
+    truncate_jsonl(log, begun)
     hparams = moe.HParams(learning_rate=FLAGS.learning_rate, balance_coef=FLAGS.balance_coef)
-    key, work = jax.random.key(1), flops_per_token(config.model, FLAGS.length) * FLAGS.batch_size * FLAGS.length
-    tokens = FLAGS.batch_size * FLAGS.length
+    tokens, key = FLAGS.batch_size * FLAGS.length, jax.random.key(1)
+    work = flops_per_token(config.model, FLAGS.length) * tokens / folding.num_ranks
     every = max(1, FLAGS.num_steps // 10)
-    for step in range(int(state.step), FLAGS.num_steps):
-        batch = moe.language_batch(windows(key, step, text, FLAGS.batch_size, FLAGS.length))
-        began = time.perf_counter()
-        state, metrics = moe.train_step(state, batch, hparams=hparams)
-        jax.block_until_ready(state)
-        seconds = time.perf_counter() - began
-        if step % every == 0 or step == FLAGS.num_steps - 1:
-            use = work / seconds / folding.num_ranks / (FLAGS.peak_tflops * 1e12) if FLAGS.peak_tflops else None
-            print(
-                f"step {step:>5}  loss {float(metrics['loss/nats']):.4f} nats  {tokens / seconds:8.0f} tokens/s  "
-                + (f"MFU {use:.1%}  " if use is not None else "")
-                + f"dropped {float(metrics['dispatch/drop_rate']):.2%}  "
-                f"load {float(metrics['load/max_over_mean']):.2f}",
-                flush=True,
-            )
-    checkpoint.save_checkpoint(folder, int(state.step), state, metadata={"folding": str(folding)})
-    print(f"saved step {int(state.step)} in {folder}")
+    with contextlib.closing(JsonlWriter(log)) as writer, ProgressBar("steps", FLAGS.num_steps) as bar:
+        bar.advance(begun)
+        for step in range(begun, FLAGS.num_steps):
+            batch = moe.language_batch(windows(key, step, text, FLAGS.batch_size, FLAGS.length))
+            began = time.perf_counter()
+            state, metrics = jax.block_until_ready(moe.train_step(state, batch, hparams=hparams))
+            seconds = time.perf_counter() - began
+            record = {name: float(value) for name, value in metrics.items() if value.ndim == 0}
+            record |= {"time/step_seconds": seconds, "speed/tokens_per_second": tokens / seconds}
+            if FLAGS.peak_tflops:
+                record["speed/mfu"] = work / seconds / (FLAGS.peak_tflops * 1e12)
+            writer.write(step, record)
+            bar.advance(loss=record["loss/nats"], dropped=record["dispatch/drop_rate"])
+            if step % every == 0 or step == FLAGS.num_steps - 1:
+                print(_line(step, record), flush=True)
+            if (step + 1) % FLAGS.save_every == 0 or step == FLAGS.num_steps - 1:
+                checkpoint.save_checkpoint(folder, step + 1, state, metadata={"folding": str(folding)})
+    if begun < FLAGS.num_steps:
+        print(f"saved step {int(state.step)} in {folder}")
+    else:
+        print(f"all {FLAGS.num_steps} steps are done; a larger --num_steps goes on")
     if FLAGS.export:
         print(f"exported to {save_pretrained(FLAGS.export, state.params, config, tokenizer=tokenizer, overwrite=True)}")
+
+
+def _line(step: int, record: dict[str, float]) -> str:
+    use = f"MFU {record['speed/mfu']:.1%}  " if "speed/mfu" in record else ""
+    return (
+        f"step {step:>5}  loss {record['loss/nats']:.4f} nats  {record['speed/tokens_per_second']:8.0f} tokens/s  {use}"
+        f"dropped {record['dispatch/drop_rate']:.2%}  load {record['load/max_over_mean']:.2f}"
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -149,6 +195,7 @@ def main(arguments: list[str]) -> int:
     from jaxrl_suite.memory import keep_memory
 
     try:
+        check_flags()
         folding = choose_folding()
         if FLAGS.keep_memory:
             keep_memory()
