@@ -47,10 +47,12 @@ def check_flags() -> None:
     """Refuses what cannot be, before JAX starts."""
     from jaxrl_suite.config import check, check_count
 
-    check_count(1, **{f"--{name}": FLAGS[name].value for name in ("batch_size", "length", "save_every")})
-    check_count(0, **{f"--{name}": FLAGS[name].value for name in ("num_steps", "num_microbatches")})
+    least = {"batch_size": 1, "length": 1, "save_every": 1, "num_steps": 0, "num_microbatches": 0}
+    for name, number in least.items():
+        counts: dict[str, Any] = {f"--{name}": FLAGS[name].value}
+        check_count(number, **counts)
     for name in ("learning_rate", "capacity_factor", "balance_coef", "peak_tflops"):
-        value = FLAGS[name].value
+        value = float(FLAGS[name].value or 0.0)
         fits = 0 < value < math.inf if name == "learning_rate" else 0 <= value < math.inf
         rule = "must be finite and positive" if name == "learning_rate" else "must be finite and not negative"
         check(fits, argument=f"--{name}", value=value, rule=rule)
