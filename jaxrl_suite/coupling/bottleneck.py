@@ -80,7 +80,7 @@ def mecb(p_x: Array, p_y: Array, rate: Array | float, *, search: Search = "paper
     [0.396, 1.0]
     """
     check(search in _SEARCHES, argument="search", value=search, rule=f"must be one of {', '.join(_SEARCHES)}")
-    p_x, p_y = as_laws(p_x, p_y)
+    p_x, p_y = as_laws(p_x=p_x, p_y=p_y)
     rate = as_rate(rate, p_x.dtype)
     check_law("p_x", p_x)
     check_law("p_y", p_y)

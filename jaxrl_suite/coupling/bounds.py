@@ -62,7 +62,7 @@ def coupling_bounds(p: Array, q: Array) -> CouplingBounds:
     >>> [round(float(bound), 4) for bound in bounds[1:]]
     [1.4855, 1.661, 1.761]
     """
-    p, q = as_laws(p, q)
+    p, q = as_laws(counts=True, p=p, q=q)
     check_law("p", p)
     check_law("q", q)
     return _bounds((p, q))
@@ -74,7 +74,7 @@ def coupling_bounds_multi(marginals: Array) -> CouplingBounds:
     Raises:
         ValueError: wrong rank, or a row is no law.
     """
-    (marginals,) = as_laws(marginals)
+    (marginals,) = as_laws(counts=True, marginals=marginals)
     fits = marginals.ndim == 2 and marginals.shape[0] > 0
     check(fits, argument="marginals", value=marginals.shape, rule="must be [K, N] with at least one law")
     for k, row in enumerate(marginals):

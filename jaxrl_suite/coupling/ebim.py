@@ -84,7 +84,7 @@ def ebim_path(p: Array) -> EbimPath:
     >>> [round(float(h), 4) for h in ebim_path(jnp.array([0.4, 0.3, 0.2, 0.1])).entropies]
     [1.8464, 1.571, 1.1568, 0.8813, 0.469, 0.0, 0.0]
     """
-    (p,) = as_laws(p)
+    (p,) = as_laws(p=p)
     check_law("p", p)
     return _path(p)
 
@@ -137,7 +137,7 @@ def ebim_greedy(p: Array, rate: Array | float) -> Encoder:
     >>> encoder.labels.tolist(), round(float(encoder.information), 4)
     ([0, 0, 2, 2], 0.8813)
     """
-    (p,) = as_laws(p)
+    (p,) = as_laws(p=p)
     rate = as_rate(rate, p.dtype)
     check_law("p", p)
     check_rate(rate)

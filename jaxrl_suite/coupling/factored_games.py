@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import check, check_key
+from jaxrl_suite.config import check, check_count, check_key
 from jaxrl_suite.coupling.games import step_code, update_belief
 from jaxrl_suite.coupling.sparse import as_rate, check_names, check_rate
 from jaxrl_suite.distributions import categorical, entropy
@@ -110,9 +110,9 @@ def play_factored(
     """
     check_key(key)
     check(blocks.ndim == 2, argument="blocks", value=blocks.shape, rule="must have two axes, [E, W]")
-    check(num_values > 1, argument="num_values", value=num_values, rule="must be at least 2")
+    check_count(2, num_values=num_values)
+    check_count(1, horizon=horizon)
     check_names("blocks", blocks, num_values)
-    check(horizon > 0, argument="horizon", value=horizon, rule="must be positive")
     rate = as_rate(rate, jnp.result_type(float))
     check_rate(rate)
     if replay is not None:

@@ -26,8 +26,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import check, check_key
+from jaxrl_suite.config import check, check_count, check_key
 from jaxrl_suite.coupling.ebim import code_at_rate
+from jaxrl_suite.coupling.game_inputs import as_messages, as_successors, as_tables
 from jaxrl_suite.coupling.greedy import greedy_coupling
 from jaxrl_suite.coupling.grouped_beliefs import (
     SHORT,
@@ -43,7 +44,7 @@ from jaxrl_suite.coupling.grouped_beliefs import (
 )
 from jaxrl_suite.coupling.partitions import code_of_labels
 from jaxrl_suite.coupling.quantizers import uniform_labels
-from jaxrl_suite.coupling.sparse import as_rate, check_names, check_rate
+from jaxrl_suite.coupling.sparse import as_rate, check_rate
 from jaxrl_suite.distributions import invert_cdf
 from jaxrl_suite.types import Array, PRNGKey
 
@@ -193,26 +194,30 @@ def play(
         Outcome of the E episodes.
 
     Raises:
-        ValueError: sizes that do not fit, a message out of range, a negative rate, an unknown encoder.
+        ValueError: sizes that do not fit, a policy that is no law at a state that is not terminal, a message or a start
+            out of range, a negative rate, an unknown encoder.
     """
     check_key(key)
     check(encoder in _ENCODERS, argument="encoder", value=encoder, rule=f"must be one of {', '.join(_ENCODERS)}")
-    check(num_messages > 0, argument="num_messages", value=num_messages, rule="must be positive")
-    check(horizon > 0, argument="horizon", value=horizon, rule="must be positive")
-    check(num_lanes > 0, argument="num_lanes", value=num_lanes, rule="must be positive")
+    check_count(1, num_messages=num_messages, horizon=horizon, num_lanes=num_lanes)
+    kind = type(game.next_state).__name__
+    check(callable(game.next_state), argument="next_state", value=kind, rule="must be a function")
+    arrays = as_tables(game.policy, game.reward, game.terminal, game.start, name="policy")
+    messages = as_messages(messages, num_messages)
     num_episodes = messages.shape[0]
     if replay is None:
         actions = jnp.zeros((num_episodes, horizon), jnp.int32)
         recorded = Trajectories(jnp.zeros((num_episodes, horizon + 1), jnp.int32), actions, actions[:, 0])
     else:
+        remedy = "An outcome of play has them as .trajectories"
+        known = isinstance(replay, Trajectories)
+        check(known, argument="replay", value=type(replay).__name__, rule="must be Trajectories", remedy=remedy)
         fits = replay.actions.shape == (num_episodes, horizon)
         check(fits, argument="replay", value=replay.actions.shape, rule=f"actions must be {(num_episodes, horizon)}")
         recorded = replay
-    check_names("messages", messages, num_messages)
-    rate = as_rate(rate, game.policy.dtype)
+    rate = as_rate(rate, arrays[0].dtype)
     check_rate(rate)
     lanes = min(num_lanes, num_episodes)
-    arrays = (game.policy, game.reward, game.terminal, game.start)
     return _play(
         key, arrays, messages, rate, recorded, replay is not None, game.next_state, num_messages, encoder, lanes
     )
@@ -440,9 +445,13 @@ def enumerate_game(
         Exact expectations.
 
     Raises:
-        ValueError: no messages, or a negative rate.
+        ValueError: sizes that do not fit, a policy that is no law at a state that is not terminal, a start or a
+            successor out of range, no messages, or a negative rate.
     """
-    check(num_messages > 0, argument="num_messages", value=num_messages, rule="must be positive")
+    check_count(1, num_messages=num_messages)
+    policies, reward, terminal, start = as_tables(policies, reward, terminal, start, name="policies")
+    check(policies.ndim == 3, argument="policies", value=policies.shape, rule="must be [H, S, A]")
+    successors = as_successors(successors, policies.shape[1:])
     if rate is not None:
         rate = as_rate(rate, policies.dtype)
         check_rate(rate)

@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_suite.config import check
 from jaxrl_suite.coupling.kernels import Kernel, Steps, plain_kernel, small_kernel, zero_kernel
@@ -59,7 +60,7 @@ def greedy_coupling(p: Array, q: Array, *, rule: Rule = "max", kernel: KernelNam
         value=kernel,
         rule=f"must be auto or one of {', '.join(_KERNELS)}",
     )
-    p, q = as_laws(p, q)
+    p, q = as_laws(counts=True, p=p, q=q)
     check_law("p", p)
     check_law("q", q)
     if jnp.issubdtype(p.dtype, jnp.integer):
@@ -69,7 +70,8 @@ def greedy_coupling(p: Array, q: Array, *, rule: Rule = "max", kernel: KernelNam
 
 def _check_equal_totals(p: Array, q: Array) -> None:
     if is_concrete(p, q):
-        totals = int(jnp.sum(p)), int(jnp.sum(q))
+        # By NumPy: inside jit JAX would trace even a sum of known values.
+        totals = int(np.asarray(p).sum()), int(np.asarray(q).sum())
         check(totals[0] == totals[1], argument="sums of p and q", value=totals, rule="counts must have equal totals")
 
 
@@ -94,7 +96,7 @@ _KERNELS: dict[str, Kernel] = {"plain": plain_kernel, "small": _small, "large": 
 def equal_mass(p: Array, q: Array) -> Array:
     """bool [], whether both are laws and, as counts, have equal totals."""
     both = is_law(p) & is_law(q)
-    return both & (jnp.sum(p) == jnp.sum(q)) if jnp.issubdtype(p.dtype, jnp.integer) else both
+    return both & (jnp.asarray(p).sum() == jnp.asarray(q).sum()) if jnp.issubdtype(p.dtype, jnp.integer) else both
 
 
 def normalise(p: Array, valid: Array) -> Array:

@@ -30,7 +30,7 @@ def integer_masses(p: Array, *, total_bits: int = 30) -> Array:
     [4, 2, 2]
     """
     check_count(1, most=30, total_bits=total_bits)
-    (p,) = as_laws(p)
+    (p,) = as_laws(counts=True, p=p)
     check_law("p", p)
     counts = round_masses(p, 1 << total_bits)
     return jnp.where(is_law(p), counts, jnp.full_like(counts, -1))

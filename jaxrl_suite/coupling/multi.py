@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_suite.config import check
 from jaxrl_suite.coupling.greedy import normalise, poison
@@ -34,13 +35,13 @@ def greedy_coupling_multi(marginals: Array) -> SparseCoupling:
     >>> coupling.indices[:3].tolist(), coupling.weights.tolist()
     ([[0, 0, 0], [1, 0, 0], [1, 1, 0]], [0.5, 0.25, 0.25, 0.0])
     """
-    (marginals,) = as_laws(marginals)
+    (marginals,) = as_laws(counts=True, marginals=marginals)
     fits = marginals.ndim == 2 and marginals.shape[0] > 0
     check(fits, argument="marginals", value=marginals.shape, rule="must be [K, N] with at least one law")
     for k in range(marginals.shape[0]):
         check_law(f"marginals[{k}]", marginals[k])
     if jnp.issubdtype(marginals.dtype, jnp.integer) and is_concrete(marginals):
-        totals = jnp.sum(marginals, axis=1).tolist()
+        totals = np.asarray(marginals).sum(axis=1).tolist()
         check(len(set(totals)) == 1, argument="sums of marginals", value=totals, rule="counts must have equal totals")
     return _greedy(marginals)
 
@@ -49,7 +50,7 @@ def greedy_coupling_multi(marginals: Array) -> SparseCoupling:
 def _greedy(marginals: Array) -> SparseCoupling:
     valid = jnp.all(is_law(marginals))
     if jnp.issubdtype(marginals.dtype, jnp.integer):
-        totals = jnp.sum(marginals, axis=1)
+        totals = jnp.asarray(marginals).sum(axis=1)
         valid = valid & jnp.all(totals == totals[0])
     rows = jnp.stack([normalise(row, valid) for row in marginals])
     tape, weights = _search(jax.lax.stop_gradient(rows))

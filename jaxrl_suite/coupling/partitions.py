@@ -65,7 +65,7 @@ def ebim_exact(p: Array, rate: Array | float) -> Encoder:
     >>> round(float(ebim_exact(jnp.array([0.4, 0.3, 0.2, 0.1]), 1.0).information), 4)
     1.0
     """
-    (p,) = as_laws(p)
+    (p,) = as_laws(p=p)
     rate = as_rate(rate, p.dtype)
     check_law("p", p)
     check_rate(rate)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import check, check_count
+from jaxrl_suite.config import check_count
 from jaxrl_suite.coupling.bounds import coupling_bounds
 from jaxrl_suite.coupling.greedy import (
     Rule,
@@ -93,17 +93,9 @@ def polished_coupling(p: Array, q: Array, *, rule: Rule = "best", max_pivots: in
     Raises:
         ValueError: as :func:`greedy_coupling`; or the masses are integers.
     """
-    p, q = as_laws(p, q)
+    p, q = as_laws(p=p, q=q)
     check_law("p", p)
     check_law("q", q)
-    is_float = jnp.issubdtype(p.dtype, jnp.floating)
-    check(
-        is_float,
-        argument="p and q",
-        value=p.dtype.name,
-        rule="must be probabilities",
-        remedy="Divide counts by their sum",
-    )
     limit = 4 * (p.shape[0] + q.shape[0]) if max_pivots is None else max_pivots
     check_count(0, max_pivots=limit)
     return _polished(p, q, rule, limit)

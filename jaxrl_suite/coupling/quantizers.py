@@ -97,7 +97,7 @@ def lpt_labels(p: Array, codes: Array) -> Array:
 
 
 def _checked(p: Array, rate: Array | float) -> tuple[Array, Array]:
-    (p,) = as_laws(p)
+    (p,) = as_laws(p=p)
     rate = as_rate(rate, p.dtype)
     check_law("p", p)
     check_rate(rate)

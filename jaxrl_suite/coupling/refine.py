@@ -82,7 +82,7 @@ def ebim_refine(p: Array, rate: Array | float, bases: Array | None = None) -> St
     >>> round(float(ebim_refine(jnp.array([0.7, 0.2, 0.1]), 0.8).information), 3)  # ebim_greedy gives 0.469
     0.701
     """
-    (p,) = as_laws(p)
+    (p,) = as_laws(p=p)
     rate = as_rate(rate, p.dtype)
     check_law("p", p)
     check_rate(rate)

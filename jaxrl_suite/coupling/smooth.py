@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxrl_suite.config import check, check_count
 from jaxrl_suite.coupling.greedy import equal_mass, normalise
-from jaxrl_suite.coupling.sparse import as_laws, check_law, is_concrete, is_law
+from jaxrl_suite.coupling.sparse import as_laws, as_scalar, check_law, is_concrete, is_law
 from jaxrl_suite.types import Array
 
 
@@ -48,12 +48,10 @@ def soft_coupling(p: Array, q: Array, temperature: Array | float) -> Array:
     >>> bool(jnp.allclose(soft_coupling(p, q, 0.01), jnp.array([[0.6, 0.0], [0.1, 0.3]]), atol=1e-5))
     True
     """
-    p, q = as_laws(p, q)
-    floating = jnp.issubdtype(p.dtype, jnp.floating)
-    check(floating, argument="p", value=p.dtype, rule="must be probabilities, not counts")
+    p, q = as_laws(p=p, q=q)
     check_law("p", p)
     check_law("q", q)
-    temperature = jnp.asarray(temperature, p.dtype)
+    temperature = as_scalar("temperature", temperature, p.dtype, "must be in (0, 1]")
     if is_concrete(temperature):
         fits = 0 < float(temperature) <= 1
         check(fits, argument="temperature", value=float(temperature), rule="must be in (0, 1]")
@@ -119,12 +117,12 @@ def sharpen_coupling(joint: Array, power: Array | float = 1.2, *, num_powers: in
     Raises:
         ValueError: ``joint`` has not two axes, or is empty, negative, NaN or not normalised; the power is not above 1.
     """
-    (joint,) = as_laws(joint)
+    (joint,) = as_laws(joint=joint)
     check(
         joint.ndim == 2, argument="joint", value=joint.shape, rule="must have two axes", remedy="Use vmap for batches"
     )
     check_law("joint", joint.reshape(-1))
-    power = jnp.asarray(power, joint.dtype)
+    power = as_scalar("power", power, joint.dtype, "must be above 1")
     if is_concrete(power):
         check(float(power) > 1, argument="power", value=float(power), rule="must be above 1")
     check_count(0, num_powers=num_powers, num_scalings=num_scalings)

@@ -77,30 +77,53 @@ def check_law(name: str, p: Array) -> None:
     if not is_concrete(p):
         return
     values = np.asarray(p)
-    check(not np.any(np.isnan(values)), argument=name, value=values, rule="must not hold NaN")
-    check(bool(np.all(values >= 0)), argument=name, value=values, rule="must not be negative")
-    total = float(values.sum())
-    remedy = f"Divide {name} by its sum"
+    for wrong, rule in ((np.isnan(values), "must not hold NaN"), (values < 0, "must not be negative")):
+        place = int(np.argmax(wrong))
+        check(not wrong.any(), argument=f"{name}[{place}]", value=values[place].item(), rule=rule)
+    total = values.sum().item()
     if np.issubdtype(values.dtype, np.integer):
-        check(total > 0, argument=name, value=values, rule="must have positive mass")
+        largest = int(np.iinfo(values.dtype).max)
+        check(total > 0, argument=f"sum of {name}", value=total, rule="must be positive")
+        check(total <= largest, argument=f"sum of {name}", value=total, rule=f"counts must sum to at most {largest}")
     else:
         fits = abs(total - 1) <= sum_tolerance(values.dtype)
+        # A law in float16 may be off by more than this even after the division.
+        remedy = f"Divide {name} by its sum, in float32 at least"
         check(fits, argument=f"sum of {name}", value=total, rule="must be one", remedy=remedy)
 
 
 def as_rate(rate: Array | float, dtype: Any) -> Array:
-    """The rate as an array. Text is refused, which JAX would read as a number.
+    """The rate as an array without axes.
 
     Raises:
-        ValueError: no number.
+        ValueError: no number, or several.
     """
-    _check_numbers("rate", rate, "must be a non-negative number of bits")
-    return jnp.asarray(rate, dtype)
+    return as_scalar("rate", rate, dtype, "must be a non-negative number of bits")
 
 
-def _check_numbers(argument: str, value: Any, rule: str) -> None:
-    # What JAX itself cannot take as numbers, or reads out of a text; a list may hold values that are traced.
-    check(value is not None and not isinstance(value, str), argument=argument, value=value, rule=rule)
+def as_scalar(argument: str, value: Array | float, dtype: Any, rule: str) -> Array:
+    """A setting as an array without axes. Text is refused, which JAX would read as a number.
+
+    Raises:
+        ValueError: no number, or several.
+    """
+    array = _as_numbers(argument, value, rule)
+    remedy = "Use vmap for several"
+    check(array.ndim == 0, argument=argument, value=array.shape, rule="must be a single number", remedy=remedy)
+    return array.astype(dtype)
+
+
+def _as_numbers(argument: str, value: Any, rule: str) -> Array:
+    try:
+        array = None if value is None or isinstance(value, str) else jnp.asarray(value)
+    except (TypeError, ValueError):  # a dict, text in a list, rows of unequal length; a list may hold traced values
+        array = None
+    shown = value if array is None else array.dtype.name
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)  # complex numbers and keys are none of them
+    real = array is not None and any(jnp.issubdtype(array.dtype, kind) for kind in kinds)
+    check(real, argument=argument, value=shown, rule=rule)
+    assert array is not None
+    return array
 
 
 def check_rate(rate: Array) -> None:
@@ -126,16 +149,20 @@ def check_names(argument: str, values: Array, number: int) -> None:
         check(wrong.size == 0, argument=argument, value=wrong[:5].tolist(), rule=f"must be in 0..{number - 1}")
 
 
-def as_laws(*laws: Array) -> tuple[Array, ...]:
+def as_laws(*, counts: bool = False, **laws: Array) -> tuple[Array, ...]:
     """The arguments as arrays of one dtype: float32 at least, or integers where all are integers.
 
+    Args:
+        counts: whether integers may stand for probabilities.
+        laws: each by the name that the caller knows it by.
+
     Raises:
-        ValueError: one holds no numbers.
+        ValueError: one holds no numbers, or all are integers where only probabilities make sense.
     """
-    for p in laws:
-        _check_numbers("law", p, "must be an array of numbers")
-    arrays = [jnp.asarray(p) for p in laws]
+    arrays = [_as_numbers(name, p, "must be an array of numbers") for name, p in laws.items()]
     dtype = jnp.result_type(*arrays)
-    if not jnp.issubdtype(dtype, jnp.integer):
-        dtype = jnp.promote_types(dtype, jnp.float32)
+    if jnp.issubdtype(dtype, jnp.integer):
+        first, rule = next(iter(laws)), "must be probabilities, not counts"
+        check(counts, argument=first, value=dtype.name, rule=rule, remedy="Divide counts by their sum")
+    dtype = jnp.promote_types(dtype, jnp.int32 if jnp.issubdtype(dtype, jnp.integer) else jnp.float32)
     return tuple(array.astype(dtype) for array in arrays)

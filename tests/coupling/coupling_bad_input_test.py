@@ -230,8 +230,22 @@ P, Q = jnp.array(GOOD), jnp.array([0.6, 0.4])
         (lambda: ebim_greedy(P, "x"), "rate='x': must be a non-negative number of bits"),
         (lambda: ebim_exact(P, None), "rate=None: must be a non-negative number of bits"),
         (lambda: quantize_lpt(P, "x"), "rate='x': must be a non-negative number of bits"),
-        (lambda: greedy_coupling("x", Q), "law='x': must be an array of numbers"),
-        (lambda: soft_coupling(P, None, 0.1), "law=None: must be an array of numbers"),
+        (lambda: greedy_coupling("x", Q), "p='x': must be an array of numbers"),
+        (lambda: soft_coupling(P, None, 0.1), "q=None: must be an array of numbers"),
+        (lambda: mecb(P, "x", 1.0), "p_y='x': must be an array of numbers"),
+        (
+            lambda: greedy_coupling_multi([[0.5], [0.5, 0.5]]),
+            "marginals=[[0.5], [0.5, 0.5]]: must be an array of numbers",
+        ),
+        (lambda: greedy_coupling({"a": 1.0}, Q), "p={'a': 1.0}: must be an array of numbers"),
+        (lambda: greedy_coupling(P, jnp.array([0.6, 0.4j])), "q='complex64': must be an array of numbers"),
+        (lambda: greedy_coupling(P, jax.random.key(0)), "q='key<fry>': must be an array of numbers"),
+        (lambda: greedy_coupling([0.5, float("nan"), 0.5], Q), "p[1]=nan: must not hold NaN"),
+        (lambda: greedy_coupling([0.5, 0.6], Q), "must be one. Divide p by its sum, in float32 at least"),
+        (lambda: mecb(P, Q, jnp.ones(2)), "rate=(2,): must be a single number. Use vmap for several"),
+        (lambda: ebim_greedy(P, {}), "rate={}: must be a non-negative number of bits"),
+        (lambda: soft_coupling(P, Q, "0.5"), "temperature='0.5': must be in (0, 1]"),
+        (lambda: sharpen_coupling(P[:, None] * Q, None), "power=None: must be above 1"),
         (lambda: coupling_bounds_multi(jnp.ones((0, 3))), "marginals=(0, 3): must be [K, N] with at least one law"),
         (lambda: greedy_coupling_multi(jnp.ones((0, 3))), "marginals=(0, 3): must be [K, N] with at least one law"),
         (lambda: integer_masses(P, total_bits=3.0), "total_bits=3.0: must be a whole number in 1..30"),
@@ -251,5 +265,113 @@ P, Q = jnp.array(GOOD), jnp.array([0.6, 0.4])
     ],
 )
 def test_arguments_of_the_wrong_kind_are_named(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+COUNTS = jnp.array([3, 2])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ebim_path,
+        lambda p: ebim_greedy(p, 1.0),
+        lambda p: ebim_refine(p, 1.0),
+        lambda p: ebim_exact(p, 1.0),
+        lambda p: quantize_uniform(p, 1.0),
+        lambda p: quantize_lpt(p, 1.0),
+        lambda p: soft_coupling(p, p, 0.5),
+        lambda p: polished_coupling(p, p),
+    ],
+)
+def test_counts_where_only_probabilities_make_sense(call):
+    for function in (call, jax.jit(call)):
+        with pytest.raises(ValueError, match="p='int32': must be probabilities, not counts"):
+            function(COUNTS)
+
+
+def test_counts_beyond_their_integers():
+    """Their sum would turn over, and the coupling be all -1."""
+    with pytest.raises(ValueError, match="sum of p=2147483648: counts must sum to at most 2147483647"):
+        greedy_coupling(jnp.array([2**31 - 1, 1], jnp.int32), jnp.array([2**30, 2**30], jnp.int32))
+    small = greedy_coupling(np.array([200, 100], np.uint8), np.array([150, 150], np.uint8))
+    assert small.weights.tolist() == [150, 100, 50]
+    counts = jnp.array([2, 1])  # known values inside jit stay known
+    assert jax.jit(lambda: greedy_coupling(counts, counts).weights)().tolist() == [2, 1, 0]
+
+
+def chain(**changed):
+    """Three states in a row, the last one terminal."""
+    policy = jnp.array([[0.5, 0.5], [0.3, 0.7], [0.0, 0.0]])  # nobody acts in the last state
+    parts = {"policy": policy, "reward": [0.0, 0.0, 1.0], "terminal": [False, False, True], "start": 0}
+    return CodingGame(next_state=lambda key, state, action: jnp.clip(state + 2 * action - 1, 0, 2), **parts)._replace(
+        **changed
+    )
+
+
+def play_chain(game=None, messages=(0, 3), **changed):
+    options = {"num_messages": 4, "horizon": 4, **changed}
+    return play(jax.random.key(0), chain() if game is None else game, messages, 1.0, **options)
+
+
+def test_a_game_of_lists():
+    episodes = play_chain(messages=[0, 3])
+    arrays = play_chain(chain(reward=jnp.array([0.0, 0.0, 1.0])), jnp.array([0, 3]))
+    assert episodes.rewards.tolist() == arrays.rewards.tolist()
+    again = play_chain(replay=episodes.trajectories)
+    np.testing.assert_array_equal(again.decoded, episodes.decoded)
+
+
+EXACT = {
+    "policies": jnp.full((1, 2, 2), 0.5),
+    "successors": jnp.array([[0, 1], [0, 1]]),
+    "reward": jnp.zeros(2),
+    "terminal": jnp.zeros(2, bool),
+    "start": 0,
+    "num_messages": 2,
+    "rate": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: play_chain(chain(policy=chain().policy.at[1].mul(2))), "sum of policy[1]=2.0: must be one"),
+        (lambda: play_chain(chain(policy=chain().policy.at[0, 1].set(-1))), "policy[0][1]=-1.0: must not be negative"),
+        (lambda: play_chain(chain(policy=jnp.ones(2) / 2)), "policy=(2,): must be [S, A]"),
+        (lambda: play_chain(chain(reward=[1.0])), "reward=(1,): must have one entry a state"),
+        (lambda: play_chain(chain(terminal=[True])), "terminal=(1,): must have one entry a state"),
+        (lambda: play_chain(chain(start=7)), "start=[7]: must be in 0..2"),
+        (lambda: play_chain(chain(start=[0, 1])), "start=(2,): must be a single state"),
+        (lambda: play_chain(chain(next_state=jnp.zeros((3, 2)))), "next_state='ArrayImpl': must be a function"),
+        (lambda: play_chain(messages=[0.0, 1.5]), "messages='float32': must be whole numbers"),
+        (lambda: play_chain(messages="hello"), "messages='hello': must be whole numbers"),
+        (
+            lambda: play_chain(messages=jnp.zeros((0,), int)),
+            "messages=(0,): must be whole numbers, [E] with at least one",
+        ),
+        (lambda: play_chain(horizon=2.5), "horizon=2.5: must be a whole number of at least 1"),
+        (lambda: play_chain(num_messages="4"), "num_messages='4': must be a whole number of at least 1"),
+        (lambda: play_chain(num_lanes=0), "num_lanes=0: must be a whole number of at least 1"),
+        (lambda: play_chain(replay=play_chain()), "replay='Episodes': must be Trajectories"),
+        (
+            lambda: enumerate_game(**{**EXACT, "policies": jnp.ones((1, 2, 2))}),
+            "sum of policies[0, 0]=2.0: must be one",
+        ),
+        (lambda: enumerate_game(**{**EXACT, "policies": jnp.ones((2, 2)) / 2}), "policies=(2, 2): must be [H, S, A]"),
+        (
+            lambda: enumerate_game(**{**EXACT, "successors": jnp.full((2, 2), 2)}),
+            "successors=[2, 2, 2, 2]: must be in 0..1",
+        ),
+        (
+            lambda: enumerate_game(**{**EXACT, "successors": jnp.zeros((2, 3), int)}),
+            "must be whole numbers of shape [S, A]",
+        ),
+        (lambda: enumerate_game(**{**EXACT, "reward": jnp.zeros(3)}), "reward=(3,): must have one entry a state"),
+    ],
+)
+def test_games_that_do_not_fit(call, message):
+    """Where JAX would read a table at its edge and go on."""
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
