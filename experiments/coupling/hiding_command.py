@@ -66,8 +66,12 @@ def _check(options: argparse.Namespace, output: Path | None) -> None:
     """Before anything expensive."""
     for name in ("message", "text"):
         path = getattr(options, name, None)
-        if path is not None and not Path(path).is_file():
-            raise HidingError(f"--{name}={path}: no such file.")
+        if path is not None and not Path(path).exists():
+            raise HidingError(f"--{name}={path}: no such file. Write what it says into a file, and name that.")
+        if path is not None and Path(path).is_dir():
+            raise HidingError(f"--{name}={path}: is a folder. Name a file.")
+    if output is not None and output.is_dir():
+        raise HidingError(f"--output={output}: is a folder. Name a file in it.")
     if output is not None and output.exists() and not options.overwrite:
         raise HidingError(f"--output={output}: exists. Choose another name, or say --overwrite.")
     if output is not None and not output.parent.is_dir():

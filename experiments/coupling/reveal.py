@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from experiments.coupling.hiding_command import parser, run_command
-from experiments.coupling.steganography import reveal
+from experiments.coupling.steganography import HidingError, reveal
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -13,7 +13,10 @@ def main(arguments: list[str] | None = None) -> int:
     flags.add_argument("--text", required=True, help="the text, exactly as it was written")
 
     def work(options, model, channel):
-        text = Path(options.text).read_bytes().decode()
+        try:
+            text = Path(options.text).read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise HidingError(f"--text={options.text}: is not UTF-8 text, at byte {error.start}.") from None
         return reveal(model, text, options.prompt, options.passphrase, **channel)
 
     return run_command(flags, arguments, work)

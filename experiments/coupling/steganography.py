@@ -255,12 +255,17 @@ def run_channel(
     began = time.perf_counter()
     key = jax.random.key(int.from_bytes(os.urandom(4), "big") if seed is None else seed)
     blocks, source = _Blocks(passphrase), _Law(model, prompt, top_k, temperature)
+    most_bytes = max_tokens * math.log2(source.top_k) / 8
+    if frame is not None and len(frame) > most_bytes:  # there are fewer texts than messages of this length
+        most = f"{max_tokens} tokens out of {source.top_k} say at most {most_bytes:.0f} bytes"
+        remedy = "Raise --max_tokens or --top_k, or hide a shorter message"
+        raise HidingError(f"the message does not fit: {most}, and it takes {len(frame)} with its frame. {remedy}.")
     text = source.text
     entropy_bits = surprisal_bits = coupling_kl = total_kl = 0.0
     limit = max_tokens * 8
     while not blocks.done:
         if len(text) >= max_tokens:
-            raise HidingError(f"the message does not fit into {max_tokens} tokens. Raise --max_tokens or the rate.")
+            raise HidingError(_too_long(max_tokens, len(blocks.settled), blocks.total if frame is None else len(frame)))
         if tokens is not None and len(text) >= len(tokens):
             raise HidingError("the text ends before its message: it was cut, or model, prompt or passphrase differ")
         names, probs, log_probs = source.candidates()
@@ -291,12 +296,25 @@ def run_channel(
     count = len(text)
     source.close_sentence(found[:8] + passphrase.encode(), min(_CLOSING, max_tokens - count))
     if tokens is not None and list(tokens) != text:
-        raise HidingError("the text goes on otherwise after its message: it was changed")
+        longer = list(tokens[: len(text)]) == text
+        hint = ". Cut what was added, perhaps a line end by an editor" if longer else ""
+        raise HidingError(f"the text goes on otherwise after its message: it was changed{hint}")
     seconds = time.perf_counter() - began
     account = Account(
         count, 8 * len(found), entropy_bits, surprisal_bits, seconds, coupling_kl / count, total_kl / count
     )
     return text, found, account
+
+
+def _too_long(max_tokens: int, settled: int, total: int | None) -> str:
+    """What to say when the tokens ran out, with what would do if the rest goes as fast as what is in."""
+    if total is None:
+        return f"no message found in {max_tokens} tokens. Raise --max_tokens to what the sender had."
+    remedy = "Raise --max_tokens or the rate"
+    if settled:
+        remedy = f"Raise --max_tokens to about {math.ceil(1.2 * max_tokens * total / settled)}, or the rate"
+    held = f"they held {settled} of {total} bytes"
+    return f"the message does not fit into {max_tokens} tokens: {held}, its frame included. {remedy}."
 
 
 def _position(names: np.ndarray, probs: np.ndarray, token: int) -> int:

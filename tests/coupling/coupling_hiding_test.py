@@ -100,8 +100,28 @@ def test_file_in_text_and_back(characters):
             steganography.reveal(model, wrong, "import ", "key")
     with pytest.raises(steganography.HidingError):
         steganography.reveal(model, text, "import ", "other")
-    with pytest.raises(steganography.HidingError, match="does not fit"):
-        steganography.hide(model, bytes(40), "import ", "key", max_tokens=10)
+    with pytest.raises(steganography.HidingError, match="Cut what was added, perhaps a line end by an editor"):
+        steganography.reveal(model, text + "\n", "import ", "key")
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "message"),
+    [
+        # What no text can hold is refused before the first token, the rest with what it would take.
+        (1000, {"max_tokens": 1000}, "1000 tokens out of 40 say at most 665 bytes, and it takes 1016 with its frame"),
+        (0, {"top_k": 1}, "say at most 0 bytes, and it takes 16 with its frame. Raise --max_tokens or --top_k"),
+        (
+            40,
+            {"max_tokens": 100},
+            r"100 tokens: they held \d+ of 56 bytes, .* Raise --max_tokens to about \d+,",
+        ),
+    ],
+)
+def test_messages_that_do_not_fit(characters, size, options, message):
+    table, law = characters
+    model = steganography.TextModel(law, table, byte_model.encode, byte_model.decode)
+    with pytest.raises(steganography.HidingError, match=message):
+        steganography.hide(model, bytes(size), "import ", "key", seed=2, **options)
 
 
 def test_commands(tmp_path, capsys, monkeypatch, characters):
@@ -129,8 +149,10 @@ def test_commands(tmp_path, capsys, monkeypatch, characters):
         (["--top_k", "0"], "--top_k"),
         (["--prompt", ""], "--prompt"),
         (["--passphrase", "wrong"], "message"),
-        (["--text", str(secret)], "decode"),
+        (["--text", str(secret)], f"--text={secret}: is not UTF-8 text, at byte 3"),
         (["--text", str(tmp_path / "missing")], "missing: no such file"),
+        (["--text", str(tmp_path)], "is a folder"),
+        (["--output", str(tmp_path), "--overwrite"], "is a folder"),
     ):
         assert reveal.main(["--text", str(cover), *shared, *arguments]) == 2
         error = capsys.readouterr().err.strip()
