@@ -10,7 +10,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import check, check_count
+from jaxrl_suite.config import check, check_count, check_key
+from jaxrl_suite.pareto.hypervolume import as_numbers
 from jaxrl_suite.pareto.quadratic import solve_quadratic
 from jaxrl_suite.types import Array, PRNGKey
 
@@ -61,6 +62,7 @@ def pcgrad(gram: Array, *, order: Array | None = None, key: PRNGKey | None = Non
     first = jnp.arange(size, dtype=jnp.int32) if order is None else jnp.asarray(order, jnp.int32)
     orders = jnp.broadcast_to(first, (size, size))
     if key is not None:
+        check_key(key)
         orders = jax.vmap(lambda k: jax.random.permutation(k, first))(jax.random.split(key, size))
 
     def surgery(own: Array, order: Array) -> Array:
@@ -95,10 +97,13 @@ def cagrad(gram: Array, *, radius: Array | float = 0.5, num_rounds: int = 40) ->
         Liu et al. (2021), arXiv 2110.14048, algorithm 1.
     """
     check_count(1, num_rounds=num_rounds)
+    given, radius = radius, as_numbers("radius", radius, (), gram.dtype)
+    known = not isinstance(radius, jax.core.Tracer)
+    check(not known or bool(radius >= 0), argument="radius", value=given, rule="must not be negative")
     size = gram.shape[0]
     mean = jnp.full((size,), 1.0 / size, gram.dtype)
     to_mean = gram @ mean
-    reach = jnp.asarray(radius, gram.dtype) * _safe_sqrt(mean @ to_mean)
+    reach = radius * _safe_sqrt(mean @ to_mean)
     info = jnp.finfo(gram.dtype)
     longest = 0.5 * jnp.log(jnp.maximum(jnp.max(jnp.diagonal(gram)), info.tiny))
 
@@ -184,7 +189,8 @@ def aligned_mtl(gram: Array, *, weights: Array | None = None) -> Array:
         Senushkin et al. (2023), arXiv 2305.19000, section 4.
     """
     size = gram.shape[0]
-    preference = jnp.full((size,), 1.0 / size, gram.dtype) if weights is None else jnp.asarray(weights, gram.dtype)
+    given = jnp.full((size,), 1.0 / size, gram.dtype) if weights is None else weights
+    preference = as_numbers("weights", given, (size,), dtype=gram.dtype)
     values, vectors = jnp.linalg.eigh(gram)
     threshold = jnp.max(values) * size * jnp.finfo(gram.dtype).eps
     live = values > threshold
@@ -207,7 +213,8 @@ def upgrad(gram: Array, *, weights: Array | None = None) -> Array:
         Quinton and Rey (2024), arXiv 2406.16232, proposition 1 and definition of UPGrad.
     """
     size = gram.shape[0]
-    preference = jnp.full((size,), 1.0 / size, gram.dtype) if weights is None else jnp.asarray(weights, gram.dtype)
+    given = jnp.full((size,), 1.0 / size, gram.dtype) if weights is None else weights
+    preference = as_numbers("weights", given, (size,), dtype=gram.dtype)
 
     def project(bound: Array) -> Array:
         return solve_quadratic(gram, jnp.zeros_like(bound), constraint="at_least", bound=bound).x
@@ -236,22 +243,30 @@ def aggregate(gram: Array, rule: Aggregator | Callable[[Array], Array] = "upgrad
         rule: one of ``AGGREGATORS``, or ``rule(gram) -> [K]``.
 
     Returns:
-        [K].
+        [K]; NaN throughout if the matrix holds NaN.
 
     Raises:
-        ValueError: the matrix is not square or the rule is unknown.
+        ValueError: the matrix is no array of numbers, not square, or the rule is unknown.
 
     >>> import jax.numpy as jnp
     >>> aggregate(jnp.eye(2), "sum").tolist()
     [1.0, 1.0]
     """
-    check(
-        gram.ndim == 2 and gram.shape[0] == gram.shape[1],
-        argument="gram",
-        value=gram.shape,
-        rule="must have shape [K, K]",
-    )
-    if callable(rule):
-        return rule(gram)
-    check(rule in _RULES, argument="rule", value=rule, rule="unknown rule", remedy=f"Rules: {', '.join(_RULES)}")
-    return _RULES[rule](gram)
+    gram = as_numbers("gram", gram)
+    gram = gram.astype(jnp.promote_types(gram.dtype, jnp.float32))
+    square = gram.ndim == 2 and gram.shape[0] == gram.shape[1] > 0
+    check(square, argument="gram", value=gram.shape, rule="must have shape [K, K]")
+    check_rule(rule)
+    coefficients = rule(gram) if callable(rule) else _RULES[rule](gram)
+    # A rule that compares would take NaN for something small, and come out finite.
+    return jnp.where(jnp.any(jnp.isnan(gram)), jnp.nan, coefficients)
+
+
+def check_rule(rule: Aggregator | Callable[[Array], Array]) -> None:
+    """Refuses what is neither a rule's name nor a function.
+
+    Raises:
+        ValueError: the rule is unknown.
+    """
+    known = callable(rule) or (isinstance(rule, str) and rule in _RULES)
+    check(known, argument="rule", value=rule, rule="unknown rule", remedy=f"Rules: {', '.join(_RULES)}")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_suite.config import check, check_count
-from jaxrl_suite.pareto.hypervolume import check_known, hypervolume_contributions, hypervolume_improvement
+from jaxrl_suite.pareto.hypervolume import as_numbers, check_known, hypervolume_contributions, hypervolume_improvement
 from jaxrl_suite.types import Array
 
 
@@ -24,6 +24,7 @@ def dominates(a: Array, b: Array) -> Array:
     >>> bool(dominates(jnp.array([2.0, 1.0]), jnp.array([1.0, 1.0])))
     True
     """
+    a, b = as_numbers("a", a), as_numbers("b", b)
     return jnp.all(a >= b, axis=-1) & jnp.any(a > b, axis=-1)
 
 
@@ -38,12 +39,14 @@ def non_dominated(points: Array, mask: Array | None = None) -> Array:
         bool [N]; a row that holds NaN is on no front.
 
     Raises:
-        ValueError: a row that counts holds NaN (where values are known: not inside jit).
+        ValueError: another shape, or a row that counts holds NaN (where values are known: not inside jit).
 
     >>> import jax.numpy as jnp
     >>> non_dominated(jnp.array([[1.0, 2.0], [2.0, 1.0], [1.0, 1.0]])).tolist()
     [True, True, False]
     """
+    points = as_numbers("points", points)
+    check(points.ndim == 2, argument="points", value=points.shape, rule="must have shape [N, K]", remedy="vmap a batch")
     check_known("points", points, mask)
     keep = ~jnp.any(jnp.isnan(points), axis=1)
     if mask is not None:
@@ -81,7 +84,7 @@ def init_archive(capacity: int, reference: Array) -> Archive:
         ValueError: the capacity is not positive, or the reference is not a vector or holds NaN.
     """
     check_count(1, capacity=capacity)
-    reference = jnp.asarray(reference)
+    reference = as_numbers("reference", reference)
     check(reference.ndim == 1, argument="reference", value=reference.shape, rule="must have shape [K]")
     check_known("reference", reference)
     return Archive(
@@ -122,7 +125,7 @@ def archive_insert(archive: Archive, point: Array, *, label: Array | int = 0) ->
     >>> float(gain), bool(overflow)
     (6.0, False)
     """
-    point = jnp.asarray(point, archive.points.dtype)
+    point = as_numbers("point", point, dtype=archive.points.dtype)
     shape = archive.reference.shape
     check(point.shape == shape, argument="point", value=point.shape, rule=f"must have shape {shape}, as the reference")
     check_known("point", point)

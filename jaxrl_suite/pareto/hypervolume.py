@@ -74,6 +74,34 @@ def _above_reference(points: Array, reference: Array, mask: Array | None) -> Arr
     return jnp.where(inside, points - reference[None, :], jnp.zeros_like(points))
 
 
+def as_numbers(argument: str, value: Any, shape: tuple[int, ...] | None = None, dtype: Any = None) -> Array:
+    """The value as floats. Text is refused, which JAX would read as a number, and so is what has another shape.
+
+    Args:
+        argument: what the caller calls the value.
+        value: array, number or list.
+        shape: expected shape; any by default.
+        dtype: of the result; by default the value's own if it is floating.
+
+    Raises:
+        ValueError: no numbers, or another shape.
+    """
+    rule = "must be a number" if shape == () else "must be an array of numbers"
+    try:
+        array = None if value is None or isinstance(value, str) else jnp.asarray(value)
+    except (TypeError, ValueError):  # a dict, text in a list, rows of unequal length
+        array = None
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    real = array is not None and any(jnp.issubdtype(array.dtype, kind) for kind in kinds)
+    check(real, argument=argument, value=value if array is None else array.dtype.name, rule=rule)
+    assert array is not None
+    fits, rule = shape in (None, array.shape), "must be a single number" if shape == () else f"must have shape {shape}"
+    check(fits, argument=argument, value=array.shape, rule=rule)
+    if dtype is None:
+        dtype = array.dtype if jnp.issubdtype(array.dtype, jnp.floating) else jnp.result_type(float)
+    return array.astype(dtype)
+
+
 def check_known(argument: str, values: Array, mask: Array | None = None) -> Array:
     """A factor for results that rest on ``values``: 1, or NaN if they hold NaN, which must not look like nothing.
 
@@ -94,6 +122,7 @@ def check_known(argument: str, values: Array, mask: Array | None = None) -> Arra
     found = jnp.any(unknown)
     if not isinstance(found, jax.core.Tracer) and bool(found):
         remedy = ""
+        values = jax.lax.stop_gradient(values)  # inside grad the values are known, and their tracer is not
         if values.ndim == 2:
             row = int(jnp.argmax(unknown))
             argument, values = f"{argument}[{row}]", values[row]
@@ -102,11 +131,11 @@ def check_known(argument: str, values: Array, mask: Array | None = None) -> Arra
     return jnp.where(found, jnp.nan, 1).astype(values.dtype)
 
 
-def _checked(points: Array, reference: Array, mask: Array | None) -> tuple[Array, Array, Array]:
+def check_set(points: Array, reference: Array, mask: Array | None) -> tuple[Array, Array, Array]:
     """Points and reference in one floating dtype, and the factor of :func:`check_known`."""
+    points, reference = as_numbers("points", points), as_numbers("reference", reference)
     dtype = jnp.result_type(points, reference)
-    dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
-    points, reference = jnp.asarray(points, dtype), jnp.asarray(reference, dtype)
+    points, reference = points.astype(dtype), reference.astype(dtype)
     check(points.ndim == 2, argument="points", value=points.shape, rule="must have shape [N, K]", remedy="vmap a batch")
     check(
         reference.shape == points.shape[1:],
@@ -151,7 +180,7 @@ def hypervolume(points: Array, reference: Array, *, mask: Array | None = None) -
     >>> float(hypervolume(jnp.array([[3.0, 1.0], [1.0, 2.0]]), jnp.zeros(2)))
     4.0
     """
-    points, reference, known = _checked(points, reference, mask)
+    points, reference, known = check_set(points, reference, mask)
     if points.shape[0] == 0:
         return known * 0
     return known * _origin_volume(_above_reference(points, reference, mask))
@@ -182,11 +211,8 @@ def hypervolume_improvement(point: Array, points: Array, reference: Array, *, ma
     >>> float(hypervolume_improvement(jnp.array([2.0, 2.0]), jnp.array([[3.0, 1.0]]), jnp.zeros(2)))
     2.0
     """
-    points, reference, known = _checked(points, reference, mask)
-    point = jnp.asarray(point, points.dtype)
-    check(
-        point.shape == reference.shape, argument="point", value=point.shape, rule=f"must have shape {reference.shape}"
-    )
+    points, reference, known = check_set(points, reference, mask)
+    point = as_numbers("point", point, reference.shape, points.dtype)
     known = known * check_known("point", point)
     box = _above_reference(point[None, :], reference, None)[0]
     if points.shape[0] == 0:
@@ -222,7 +248,7 @@ def hypervolume_contributions(points: Array, reference: Array, *, mask: Array | 
     >>> hypervolume_contributions(jnp.array([[3.0, 1.0], [1.0, 2.0]]), jnp.zeros(2)).tolist()
     [2.0, 1.0]
     """
-    points, reference, _ = _checked(points, reference, mask)
+    points, reference, _ = check_set(points, reference, mask)
     num_points = points.shape[0]
     keep = jnp.ones(num_points, bool) if mask is None else jnp.asarray(mask, bool)
     clean = jnp.where(keep[:, None], points, reference[None, :])

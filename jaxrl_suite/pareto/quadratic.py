@@ -8,8 +8,11 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import check_count
+from jaxrl_suite.config import check, check_count
+from jaxrl_suite.pareto.hypervolume import as_numbers
 from jaxrl_suite.types import Array
+
+_CONSTRAINTS = ("simplex", "at_least")
 
 
 class QuadraticSolution(NamedTuple):
@@ -40,6 +43,8 @@ def project_simplex(x: Array) -> Array:
     >>> project_simplex(jnp.array([2.0, 0.0])).tolist()
     [1.0, 0.0]
     """
+    x = as_numbers("x", x)
+    check(x.ndim == 1 and x.size > 0, argument="x", value=x.shape, rule="must have shape [K]", remedy="vmap a batch")
     ordered = -jnp.sort(-x)
     count = jnp.arange(1, x.shape[0] + 1, dtype=x.dtype)
     shift = (jnp.cumsum(ordered) - 1) / count
@@ -87,6 +92,8 @@ def solve_quadratic(
         Beck and Teboulle (2009), FISTA; O'Donoghue and Candes (2015), adaptive restart.
     """
     check_count(1, num_steps=num_steps)
+    rule = f"must be one of {', '.join(_CONSTRAINTS)}"
+    check(constraint in _CONSTRAINTS, argument="constraint", value=constraint, rule=rule)
     size = matrix.shape[0]
     scale = jnp.maximum(jnp.maximum(jnp.trace(matrix), jnp.max(jnp.abs(linear))), jnp.finfo(matrix.dtype).tiny)
     matrix, linear = matrix / scale, linear / scale

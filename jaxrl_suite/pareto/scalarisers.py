@@ -2,12 +2,32 @@
 
 All take objectives ``[K]`` and weights ``[K]`` on the simplex, and are functions to ascend. A linear scalarisation
 reaches supported points of a front only; the Tchebycheff family reaches every Pareto point for some weights.
+
+NaN in an argument is an error where values are known, and NaN in the result inside jit.
 """
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_suite.config import check
+from jaxrl_suite.pareto.hypervolume import as_numbers, check_known
 from jaxrl_suite.types import Array
+
+
+def _vectors(**vectors: Array) -> list[Array]:
+    """The arguments as vectors of one length and floating dtype.
+
+    Raises:
+        ValueError: no vector of numbers, of different lengths, or NaN (where values are known).
+    """
+    arrays = {argument: as_numbers(argument, vector) for argument, vector in vectors.items()}
+    first = next(iter(arrays))
+    shape, dtype = arrays[first].shape, jnp.result_type(*arrays.values())
+    check(len(shape) == 1, argument=first, value=shape, rule="must have shape [K]", remedy="vmap a batch")
+    for argument, array in arrays.items():
+        arrays[argument] = as_numbers(argument, array, shape, dtype)
+        check_known(argument, array)
+    return list(arrays.values())
 
 
 def linear(objectives: Array, weights: Array) -> Array:
@@ -24,6 +44,7 @@ def linear(objectives: Array, weights: Array) -> Array:
     >>> float(linear(jnp.array([1.0, 3.0]), jnp.array([0.5, 0.5])))
     2.0
     """
+    objectives, weights = _vectors(objectives=objectives, weights=weights)
     return jnp.sum(weights * objectives)
 
 
@@ -42,8 +63,12 @@ def tchebycheff(objectives: Array, weights: Array, ideal: Array, *, augmentation
     References:
         Bowman (1976); Steuer and Choo (1983) for the augmented form.
     """
+    objectives, weights, ideal = _vectors(objectives=objectives, weights=weights, ideal=ideal)
+    given, augmentation = augmentation, as_numbers("augmentation", augmentation, (), objectives.dtype)
+    known = not isinstance(augmentation, jax.core.Tracer)
+    check(not known or bool(augmentation >= 0), argument="augmentation", value=given, rule="must not be negative")
     gaps = weights * (ideal - objectives)
-    return -jnp.max(gaps) - jnp.asarray(augmentation, gaps.dtype) * jnp.sum(gaps)
+    return -jnp.max(gaps) - augmentation * jnp.sum(gaps)
 
 
 def smooth_tchebycheff(objectives: Array, weights: Array, ideal: Array, *, temperature: Array | float = 0.1) -> Array:
@@ -61,7 +86,10 @@ def smooth_tchebycheff(objectives: Array, weights: Array, ideal: Array, *, tempe
     References:
         Lin et al. (2024), arXiv 2402.19078, equation for smooth Tchebycheff scalarisation.
     """
-    temperature = jnp.asarray(temperature, objectives.dtype)
+    objectives, weights, ideal = _vectors(objectives=objectives, weights=weights, ideal=ideal)
+    given, temperature = temperature, as_numbers("temperature", temperature, (), objectives.dtype)
+    known = not isinstance(temperature, jax.core.Tracer)
+    check(not known or bool(temperature > 0), argument="temperature", value=given, rule="must be positive")
     return -temperature * jax.nn.logsumexp(weights * (ideal - objectives) / temperature)
 
 
@@ -80,10 +108,14 @@ def boundary_intersection(objectives: Array, weights: Array, ideal: Array, *, pe
     References:
         Zhang and Li (2007), "MOEA/D", section on the penalty-based boundary intersection.
     """
+    objectives, weights, ideal = _vectors(objectives=objectives, weights=weights, ideal=ideal)
+    given, penalty = penalty, as_numbers("penalty", penalty, (), objectives.dtype)
+    known = not isinstance(penalty, jax.core.Tracer)
+    check(not known or bool(penalty >= 0), argument="penalty", value=given, rule="must not be negative")
     gaps = ideal - objectives
     direction = weights / jnp.sqrt(jnp.sum(weights * weights))
     along = jnp.sum(gaps * direction)
     across = gaps - along * direction
     square = jnp.sum(across * across)
     distance = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-    return -(along + jnp.asarray(penalty, gaps.dtype) * distance)
+    return -(along + penalty * distance)

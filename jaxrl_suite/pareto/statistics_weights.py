@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_suite.config import check
+from jaxrl_suite.pareto.hypervolume import as_numbers, check_known
 from jaxrl_suite.pareto.weights import Signals, WeightRule, _need, _normalise, check_simplex
 from jaxrl_suite.types import Array
 
@@ -55,8 +56,9 @@ def saw_weights(weights: Array, *, decay: Array | float = 0.0) -> WeightRule:
         arXiv 2606.07705 (SAW), as summarised publicly: weights from the batch coefficient of variation.
     """
     weights = check_simplex(weights)
+    given, decay = decay, as_numbers("decay", decay, (), weights.dtype)
     known = not isinstance(decay, jax.core.Tracer)
-    check(not known or bool(0 <= decay < 1), argument="decay", value=decay, rule="must lie in [0, 1)")
+    check(not known or bool(0 <= decay < 1), argument="decay", value=given, rule="must lie in [0, 1)")
 
     def init() -> AverageState:
         return AverageState(jnp.zeros_like(weights), jnp.zeros((), jnp.int32))
@@ -83,7 +85,7 @@ class CtwaState(NamedTuple):
     covariance: AverageState
 
 
-def ctwa_weights(weights: Array, rate: Array | float, *, targets: Array, decay: float = 0.9) -> WeightRule:
+def ctwa_weights(weights: Array, rate: Array | float, *, targets: Array, decay: Array | float = 0.9) -> WeightRule:
     """Log-weights rise for rewards that the advantage tracks less than wanted.
 
     ``c_i = average of cov(r_i, A)``; ``log w_i += rate (target_i - c_i)``, then normalised.
@@ -99,8 +101,14 @@ def ctwa_weights(weights: Array, rate: Array | float, *, targets: Array, decay: 
         advantage, exponential average, targets.
     """
     weights = check_simplex(weights)
-    check(0 <= decay < 1, argument="decay", value=decay, rule="must lie in [0, 1)")
-    targets = jnp.asarray(targets, weights.dtype)
+    given, rate = rate, as_numbers("rate", rate, (), weights.dtype)
+    known = not isinstance(rate, jax.core.Tracer)
+    check(not known or bool(0 <= rate < jnp.inf), argument="rate", value=given, rule="must be finite and not negative")
+    given, decay = decay, as_numbers("decay", decay, (), weights.dtype)
+    known = not isinstance(decay, jax.core.Tracer)
+    check(not known or bool(0 <= decay < 1), argument="decay", value=given, rule="must lie in [0, 1)")
+    targets = as_numbers("targets", targets, weights.shape, weights.dtype)
+    check_known("targets", targets)
 
     def init() -> CtwaState:
         return CtwaState(jnp.log(weights), AverageState(jnp.zeros_like(weights), jnp.zeros((), jnp.int32)))
@@ -111,7 +119,7 @@ def ctwa_weights(weights: Array, rate: Array | float, *, targets: Array, decay: 
         centred = rewards - jnp.mean(rewards, axis=(1, 2), keepdims=True)
         covariance = jnp.mean(centred * (advantages - jnp.mean(advantages))[None], axis=(1, 2))
         average, smooth = _average(state.covariance, covariance, decay)
-        change = jnp.asarray(rate, weights.dtype) * (targets - smooth)
+        change = rate * (targets - smooth)
         log_weights = jax.nn.log_softmax(state.log_weights + change)
         return CtwaState(log_weights, average), jnp.exp(log_weights)
 
@@ -180,12 +188,20 @@ def lagrangian_weights(
         Altman (1999), "Constrained Markov decision processes"; Tessler et al. (2018), arXiv 1805.11074.
     """
     weights = check_simplex(weights)
-    thresholds = jnp.asarray(thresholds, weights.dtype)
+    given, thresholds = thresholds, as_numbers("thresholds", thresholds, weights.shape, weights.dtype)
+    known, rule = not isinstance(thresholds, jax.core.Tracer), "must be finite, or -inf where there is no constraint"
+    check(not known or bool(jnp.all(thresholds < jnp.inf)), argument="thresholds", value=given, rule=rule)
+    given, rate = rate, as_numbers("rate", rate, (), weights.dtype)
+    known = not isinstance(rate, jax.core.Tracer)
+    check(not known or bool(0 <= rate < jnp.inf), argument="rate", value=given, rule="must be finite and not negative")
+    most = as_numbers("max_multiplier", max_multiplier, (), weights.dtype)
+    known = not isinstance(most, jax.core.Tracer)
+    check(not known or bool(most > 0), argument="max_multiplier", value=max_multiplier, rule="must be positive")
 
     def step(state: Array, signals: Signals) -> tuple[Array, Array]:
         gap = thresholds - _need(signals.objectives, "objectives").astype(weights.dtype)
         gap = jnp.where(jnp.isfinite(thresholds), gap, -jnp.ones_like(gap))
-        state = jnp.clip(state + jnp.asarray(rate, weights.dtype) * gap, 0, max_multiplier)
+        state = jnp.clip(state + rate * gap, 0, most)
         return state, _normalise(weights + state)
 
     return WeightRule(lambda: jnp.zeros_like(weights), step, ("objectives",))

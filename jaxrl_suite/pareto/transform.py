@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_suite.config import check_count
-from jaxrl_suite.pareto.aggregate import Aggregator, aggregate
+from jaxrl_suite.config import check, check_count
+from jaxrl_suite.pareto.aggregate import Aggregator, aggregate, check_rule
+from jaxrl_suite.pareto.hypervolume import as_numbers, check_known
 from jaxrl_suite.pareto.influence import gram_influence, gram_of
-from jaxrl_suite.pareto.weights import Signals, WeightRule, check_simplex
+from jaxrl_suite.pareto.weights import Signals, WeightRule, _need, check_simplex
 from jaxrl_suite.types import Array
 
 
@@ -59,6 +60,11 @@ def multi_objective(
     [-0.5, -0.5]
     """
     check_count(1, num_objectives=num_objectives)
+    if not isinstance(rule, WeightRule):
+        check_rule(rule)
+    longest = as_numbers("clip_norm", jnp.inf if clip_norm is None else clip_norm, ())
+    fits = isinstance(longest, jax.core.Tracer) or bool(longest > 0)
+    check(fits, argument="clip_norm", value=clip_norm, rule="must be positive")
 
     def init(params: Any) -> MultiObjectiveState:
         dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
@@ -118,21 +124,27 @@ def famo_weights(
         code runs Adam.
     """
     weights = check_simplex(weights)
-    ideal = jnp.asarray(ideal, weights.dtype)
+    known, rule = not isinstance(weights, jax.core.Tracer), "must all be positive: what has no weight never gets any"
+    check(not known or bool(jnp.all(weights > 0)), argument="weights", value=weights, rule=rule)
+    ideal = as_numbers("ideal", ideal, weights.shape, weights.dtype)
+    check_known("ideal", ideal)
+    for name, given in (("rate", rate), ("decay", decay)):
+        value = as_numbers(name, given, ())
+        fits = isinstance(value, jax.core.Tracer) or bool(0 <= value < jnp.inf)
+        check(fits, argument=name, value=given, rule="must be finite and not negative")
+    rate, decay = jnp.asarray(rate, weights.dtype), jnp.asarray(decay, weights.dtype)
     tiny = jnp.finfo(weights.dtype).eps
 
     def init() -> FamoState:
         return FamoState(jnp.log(weights), jnp.full_like(weights, jnp.inf))
 
     def step(state: FamoState, signals: Signals) -> tuple[FamoState, Array]:
-        if signals.objectives is None:
-            raise ValueError("signals.objectives=None: FAMO reads it.")
-        losses = jnp.maximum(ideal - signals.objectives.astype(weights.dtype), tiny)
+        losses = jnp.maximum(ideal - _need(signals.objectives, "objectives").astype(weights.dtype), tiny)
         started = jnp.all(jnp.isfinite(state.losses))
         before = jnp.where(started, state.losses, losses)
         (slope,) = jax.vjp(jax.nn.softmax, state.logits)[1](jnp.log(before) - jnp.log(losses))
-        shrink = jnp.where(started, jnp.asarray(decay, weights.dtype), 0) * state.logits
-        logits = state.logits - jnp.asarray(rate, weights.dtype) * (slope + shrink)
+        shrink = jnp.where(started, decay, 0) * state.logits
+        logits = state.logits - rate * (slope + shrink)
         raw = jax.nn.softmax(logits) / losses
         return FamoState(logits, losses), raw / jnp.sum(raw)
 

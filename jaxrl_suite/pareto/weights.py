@@ -7,6 +7,7 @@ A rule is a pair of functions, built from its settings, which may be traced (so 
     state, weights = rule.step(state, Signals(influence=influence(objectives, params)))
 
 A rule reads the signals that it needs and leaves the others alone. Weights lie on the simplex.
+Settings are checked when the rule is built, where their values are known: not inside jit.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import numpy as np
 
 from jaxrl_suite.config import check, check_count
 from jaxrl_suite.pareto.dominance import Archive, archive_insert, init_archive
-from jaxrl_suite.pareto.hypervolume import check_known, hypervolume, hypervolume_improvement
+from jaxrl_suite.pareto.hypervolume import as_numbers, check_known, check_set, hypervolume, hypervolume_improvement
 from jaxrl_suite.types import Array
 
 
@@ -67,9 +68,7 @@ def check_simplex(weights: Any, *, argument: str = "weights") -> Array:
     Raises:
         ValueError: a weight is negative or not finite, or they do not sum to one.
     """
-    numbers = weights is not None and not isinstance(weights, str)
-    check(numbers, argument=argument, value=weights, rule="must be an array of numbers")
-    weights = jnp.asarray(weights)
+    weights = as_numbers(argument, weights)
     check(weights.ndim == 1, argument=argument, value=weights.shape, rule="must have shape [K]")
     if not isinstance(weights, jax.core.Tracer):
         values = np.asarray(weights, np.float64)
@@ -114,6 +113,8 @@ def scheduled_weights(schedule: Callable[[Array], Array]) -> WeightRule:
     Args:
         schedule: ``schedule(step int32 []) -> [K]``, on the simplex (normalised here), any optax schedule per entry.
     """
+    kind = type(schedule).__name__
+    check(callable(schedule), argument="schedule", value=kind, rule="must be a function of the step")
 
     def step(state: Array, signals: Signals) -> tuple[Array, Array]:
         return state + 1, _normalise(schedule(state))
@@ -175,8 +176,12 @@ def hypervolume_gain_weights(
     """
     weights = check_simplex(weights)
     init_archive(capacity, weights)  # a bad capacity is an error here, not when the rule starts
-    unit = jnp.ones_like(weights) if scale is None else jnp.asarray(scale, weights.dtype)
-    base = jnp.zeros_like(weights) if reference is None else jnp.asarray(reference, weights.dtype) / unit
+    shape, dtype = weights.shape, weights.dtype
+    unit = jnp.ones_like(weights) if scale is None else as_numbers("scale", scale, shape, dtype)
+    known = not isinstance(unit, jax.core.Tracer)
+    check(not known or bool(jnp.all(unit > 0)), argument="scale", value=scale, rule="must be positive")
+    base = jnp.zeros_like(weights) if reference is None else as_numbers("reference", reference, shape, dtype) / unit
+    check_known("reference", base)
 
     def init() -> HypervolumeGainState:
         one = jnp.ones((), weights.dtype)
@@ -257,6 +262,13 @@ def influence_weights(
     weights = check_simplex(weights)
     num_objectives = weights.shape[0]
     check_count(1, interval=interval)
+    given, rate = rate, as_numbers("rate", rate, (), weights.dtype)
+    known = not isinstance(rate, jax.core.Tracer)
+    check(not known or bool(0 <= rate < jnp.inf), argument="rate", value=given, rule="must be finite and not negative")
+    longest = as_numbers("max_log_step", jnp.inf if max_log_step is None else max_log_step, ())
+    known = not isinstance(longest, jax.core.Tracer)
+    check(not known or bool(longest > 0), argument="max_log_step", value=max_log_step, rule="must be positive")
+    as_numbers("floor", floor, ())
     check(0 <= floor * num_objectives <= 1, argument="floor", value=floor, rule="must lie in [0, 1 / K]")
 
     def init() -> InfluenceState:
@@ -290,11 +302,15 @@ def tchebycheff_weights(weights: Array, ideal: Array, *, temperature: Array | fl
         Lin et al. (2024), arXiv 2402.19078, "Smooth Tchebycheff scalarization".
     """
     weights = check_simplex(weights)
-    ideal = jnp.asarray(ideal, weights.dtype)
+    ideal = as_numbers("ideal", ideal, weights.shape, weights.dtype)
+    check_known("ideal", ideal)
+    given, temperature = temperature, as_numbers("temperature", temperature, (), weights.dtype)
+    known = not isinstance(temperature, jax.core.Tracer)
+    check(not known or bool(temperature > 0), argument="temperature", value=given, rule="must be positive")
 
     def step(state: tuple[()], signals: Signals) -> tuple[tuple[()], Array]:
         gaps = weights * (ideal - _need(signals.objectives, "objectives"))
-        return state, _normalise(weights * jax.nn.softmax(gaps / jnp.asarray(temperature, weights.dtype)))
+        return state, _normalise(weights * jax.nn.softmax(gaps / temperature))
 
     return WeightRule(lambda: (), step, ("objectives",))
 
@@ -315,12 +331,14 @@ def hypervolume_gradient(point: Array, points: Array, reference: Array, *, mask:
         [K], not negative; zero where the set covers the point; NaN if the point or a row that counts holds NaN.
 
     Raises:
-        ValueError: NaN as above (where values are known: not inside jit).
+        ValueError: shapes do not fit, or NaN as above (where values are known: not inside jit).
 
     References:
         Emmerich and Deutz (2014), "Time complexity and zeros of the hypervolume indicator gradient field".
     """
-    known = check_known("point", point) * check_known("points", points, mask) * check_known("reference", reference)
+    points, reference, known = check_set(points, reference, mask)
+    point = as_numbers("point", point, reference.shape, points.dtype)
+    known = known * check_known("point", point)
     rows = jnp.ones(points.shape[0], bool) if mask is None else jnp.asarray(mask, bool)
     inside = jnp.all(point > reference)
     facets = []
@@ -356,14 +374,20 @@ def hypervolume_gradient_weights(
         maximization".
     """
     weights = check_simplex(weights)
-    reference = jnp.asarray(reference, weights.dtype)
+    reference = as_numbers("reference", reference, weights.shape, weights.dtype)
     init_archive(capacity, reference)  # a bad capacity is an error here, not when the rule starts
+    given, mixing = mixing, as_numbers("mixing", mixing, (), weights.dtype)
     known = not isinstance(mixing, jax.core.Tracer)
-    check(not known or bool(0 <= mixing <= 1), argument="mixing", value=mixing, rule="must lie in [0, 1]")
+    check(not known or bool(0 <= mixing <= 1), argument="mixing", value=given, rule="must lie in [0, 1]")
+    if front is not None:
+        front, columns = as_numbers("front", front, None, weights.dtype), weights.shape[0]
+        fits = front.ndim == 2 and front.shape[1] == columns
+        check(fits, argument="front", value=front.shape, rule=f"must have shape [N, K] with K = {columns}")
+        check_known("front", front)
 
     def step(state: Archive, signals: Signals) -> tuple[Archive, Array]:
         point = _need(signals.objectives, "objectives").astype(weights.dtype)
-        members, mask = (state.points, state.mask) if front is None else (jnp.asarray(front, weights.dtype), None)
+        members, mask = (state.points, state.mask) if front is None else (front, None)
         slope = _slope(point, members, reference, mask=mask)
         total = jnp.sum(slope)
         covered = total == 0
@@ -385,4 +409,4 @@ def hypervolume_weights_population(objectives: Array, reference: Array) -> Array
     Returns:
         [N, K], derivatives of the hypervolume of the population.
     """
-    return jax.grad(hypervolume)(objectives, reference)
+    return jax.grad(hypervolume)(as_numbers("objectives", objectives), reference)
