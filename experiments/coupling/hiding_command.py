@@ -67,7 +67,7 @@ def _check(options: argparse.Namespace, output: Path | None) -> None:
     for name in ("message", "text"):
         path = getattr(options, name, None)
         if path is not None and not Path(path).exists():
-            raise HidingError(f"--{name}={path}: no such file. Write what it says into a file, and name that.")
+            raise HidingError(f"--{name}={path}: no such file. It must name a file, not hold the words.")
         if path is not None and Path(path).is_dir():
             raise HidingError(f"--{name}={path}: is a folder. Name a file.")
     if output is not None and output.is_dir():
