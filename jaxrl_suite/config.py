@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Mapping
 from numbers import Integral
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,71 @@ def check_count(least: int, *, most: int | None = None, why: str = "", **counts:
     for argument, value in counts.items():
         fits = isinstance(value, Integral) and int(value) >= least and (most is None or int(value) <= most)
         check(fits, argument=argument, value=value, rule=f"must be a whole number {span}{why}")
+
+
+def as_array(argument: str, value: Any, rule: str = "must be an array of numbers") -> jax.Array:
+    """The value as an array of its own type. What holds no real numbers is refused, text among it.
+
+    Args:
+        argument: what the caller calls the value.
+        value: array, number or list, whose entries may be traced.
+        rule: what is said of another.
+
+    Raises:
+        ValueError: no real numbers.
+
+    >>> as_array("p", "0.5")
+    Traceback (most recent call last):
+    ValueError: p='0.5': must be an array of numbers.
+    """
+    try:
+        array = None if value is None or isinstance(value, str) else jnp.asarray(value)
+    except (TypeError, ValueError):  # a dict, text in a list, rows of unequal length
+        array = None
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)  # complex numbers and keys are none of them
+    real = array is not None and any(jnp.issubdtype(array.dtype, kind) for kind in kinds)
+    check(real, argument=argument, value=value if array is None else array.dtype.name, rule=rule)
+    return cast(jax.Array, array)
+
+
+_SAID = {
+    "(0, inf]": "must be positive",
+    "[0, inf]": "must not be negative",
+    "[0, inf)": "must be finite and not negative",
+}
+
+
+def as_number(
+    argument: str, value: Any, dtype: Any, *, interval: str = "", rule: str = "must be a number"
+) -> jax.Array:
+    """A setting as an array without axes, inside an interval where its value is known: not inside jit.
+
+    Args:
+        argument: what the caller calls the setting.
+        value: number.
+        dtype: of the result.
+        interval: as in ``"[0, 1)"``; any number by default.
+        rule: what is said of what is no number.
+
+    Raises:
+        ValueError: no number, several, or outside.
+
+    >>> as_number("decay", 1.0, jnp.float32, interval="[0, 1)")
+    Traceback (most recent call last):
+    ValueError: decay=1.0: must lie in [0, 1).
+    """
+    array = as_array(argument, value, rule)
+    remedy = "Use vmap for several"
+    check(array.ndim == 0, argument=argument, value=array.shape, rule="must be a single number", remedy=remedy)
+    array = array.astype(dtype)
+    if interval and not isinstance(array, jax.core.Tracer):
+        low, high = map(float, interval[1:-1].split(","))
+        number = float(array)
+        fits = (low <= number if interval[0] == "[" else low < number) and (
+            number <= high if interval[-1] == "]" else number < high
+        )
+        check(fits, argument=argument, value=value, rule=_SAID.get(interval, f"must lie in {interval}"))
+    return array
 
 
 def check_key(key: Any) -> None:

@@ -18,9 +18,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import check, check_count
+from jaxrl_suite.config import as_number, check, check_count
 from jaxrl_suite.coupling.greedy import equal_mass, normalise
-from jaxrl_suite.coupling.sparse import as_laws, as_scalar, check_law, is_concrete, is_law
+from jaxrl_suite.coupling.sparse import as_laws, check_law, is_law
 from jaxrl_suite.types import Array
 
 
@@ -51,10 +51,7 @@ def soft_coupling(p: Array, q: Array, temperature: Array | float) -> Array:
     p, q = as_laws(p=p, q=q)
     check_law("p", p)
     check_law("q", q)
-    temperature = as_scalar("temperature", temperature, p.dtype, "must be in (0, 1]")
-    if is_concrete(temperature):
-        fits = 0 < float(temperature) <= 1
-        check(fits, argument="temperature", value=float(temperature), rule="must be in (0, 1]")
+    temperature = as_number("temperature", temperature, p.dtype, interval="(0, 1]")
     return _soft(p, q, temperature)
 
 
@@ -122,9 +119,7 @@ def sharpen_coupling(joint: Array, power: Array | float = 1.2, *, num_powers: in
         joint.ndim == 2, argument="joint", value=joint.shape, rule="must have two axes", remedy="Use vmap for batches"
     )
     check_law("joint", joint.reshape(-1))
-    power = as_scalar("power", power, joint.dtype, "must be above 1")
-    if is_concrete(power):
-        check(float(power) > 1, argument="power", value=float(power), rule="must be above 1")
+    power = as_number("power", power, joint.dtype, interval="(1, inf)")
     check_count(0, num_powers=num_powers, num_scalings=num_scalings)
     return _sharpen(joint, power, num_powers, num_scalings)
 

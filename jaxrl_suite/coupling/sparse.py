@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_suite.config import check
+from jaxrl_suite.config import as_array, as_number, check
 from jaxrl_suite.distributions import entropy
 from jaxrl_suite.types import Array
 
@@ -98,32 +98,7 @@ def as_rate(rate: Array | float, dtype: Any) -> Array:
     Raises:
         ValueError: no number, or several.
     """
-    return as_scalar("rate", rate, dtype, "must be a non-negative number of bits")
-
-
-def as_scalar(argument: str, value: Array | float, dtype: Any, rule: str) -> Array:
-    """A setting as an array without axes. Text is refused, which JAX would read as a number.
-
-    Raises:
-        ValueError: no number, or several.
-    """
-    array = _as_numbers(argument, value, rule)
-    remedy = "Use vmap for several"
-    check(array.ndim == 0, argument=argument, value=array.shape, rule="must be a single number", remedy=remedy)
-    return array.astype(dtype)
-
-
-def _as_numbers(argument: str, value: Any, rule: str) -> Array:
-    try:
-        array = None if value is None or isinstance(value, str) else jnp.asarray(value)
-    except (TypeError, ValueError):  # a dict, text in a list, rows of unequal length; a list may hold traced values
-        array = None
-    shown = value if array is None else array.dtype.name
-    kinds = (jnp.floating, jnp.integer, jnp.bool_)  # complex numbers and keys are none of them
-    real = array is not None and any(jnp.issubdtype(array.dtype, kind) for kind in kinds)
-    check(real, argument=argument, value=shown, rule=rule)
-    assert array is not None
-    return array
+    return as_number("rate", rate, dtype, rule="must be a non-negative number of bits")
 
 
 def check_rate(rate: Array) -> None:
@@ -159,7 +134,7 @@ def as_laws(*, counts: bool = False, **laws: Array) -> tuple[Array, ...]:
     Raises:
         ValueError: one holds no numbers, or all are integers where only probabilities make sense.
     """
-    arrays = [_as_numbers(name, p, "must be an array of numbers") for name, p in laws.items()]
+    arrays = [as_array(name, p) for name, p in laws.items()]
     dtype = jnp.result_type(*arrays)
     if jnp.issubdtype(dtype, jnp.integer):
         first, rule = next(iter(laws)), "must be probabilities, not counts"

@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import check, check_count, check_key
+from jaxrl_suite.config import as_number, check, check_count, check_key
 from jaxrl_suite.pareto.hypervolume import as_numbers
 from jaxrl_suite.pareto.quadratic import solve_quadratic
 from jaxrl_suite.types import Array, PRNGKey
@@ -97,9 +97,7 @@ def cagrad(gram: Array, *, radius: Array | float = 0.5, num_rounds: int = 40) ->
         Liu et al. (2021), arXiv 2110.14048, algorithm 1.
     """
     check_count(1, num_rounds=num_rounds)
-    given, radius = radius, as_numbers("radius", radius, (), gram.dtype)
-    known = not isinstance(radius, jax.core.Tracer)
-    check(not known or bool(radius >= 0), argument="radius", value=given, rule="must not be negative")
+    radius = as_number("radius", radius, gram.dtype, interval="[0, inf]")
     size = gram.shape[0]
     mean = jnp.full((size,), 1.0 / size, gram.dtype)
     to_mean = gram @ mean

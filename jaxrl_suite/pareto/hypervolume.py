@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import check
+from jaxrl_suite.config import as_array, check
 from jaxrl_suite.pareto import _volume
 from jaxrl_suite.types import Array
 
@@ -75,7 +75,7 @@ def _above_reference(points: Array, reference: Array, mask: Array | None) -> Arr
 
 
 def as_numbers(argument: str, value: Any, shape: tuple[int, ...] | None = None, dtype: Any = None) -> Array:
-    """The value as floats. Text is refused, which JAX would read as a number, and so is what has another shape.
+    """The value as floats, see :func:`jaxrl_suite.config.as_array`; what has another shape is refused.
 
     Args:
         argument: what the caller calls the value.
@@ -86,17 +86,8 @@ def as_numbers(argument: str, value: Any, shape: tuple[int, ...] | None = None, 
     Raises:
         ValueError: no numbers, or another shape.
     """
-    rule = "must be a number" if shape == () else "must be an array of numbers"
-    try:
-        array = None if value is None or isinstance(value, str) else jnp.asarray(value)
-    except (TypeError, ValueError):  # a dict, text in a list, rows of unequal length
-        array = None
-    kinds = (jnp.floating, jnp.integer, jnp.bool_)
-    real = array is not None and any(jnp.issubdtype(array.dtype, kind) for kind in kinds)
-    check(real, argument=argument, value=value if array is None else array.dtype.name, rule=rule)
-    assert array is not None
-    fits, rule = shape in (None, array.shape), "must be a single number" if shape == () else f"must have shape {shape}"
-    check(fits, argument=argument, value=array.shape, rule=rule)
+    array = as_array(argument, value)
+    check(shape in (None, array.shape), argument=argument, value=array.shape, rule=f"must have shape {shape}")
     if dtype is None:
         dtype = array.dtype if jnp.issubdtype(array.dtype, jnp.floating) else jnp.result_type(float)
     return array.astype(dtype)

@@ -9,7 +9,7 @@ NaN in an argument is an error where values are known, and NaN in the result ins
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import check
+from jaxrl_suite.config import as_number, check
 from jaxrl_suite.pareto.hypervolume import as_numbers, check_known
 from jaxrl_suite.types import Array
 
@@ -64,9 +64,7 @@ def tchebycheff(objectives: Array, weights: Array, ideal: Array, *, augmentation
         Bowman (1976); Steuer and Choo (1983) for the augmented form.
     """
     objectives, weights, ideal = _vectors(objectives=objectives, weights=weights, ideal=ideal)
-    given, augmentation = augmentation, as_numbers("augmentation", augmentation, (), objectives.dtype)
-    known = not isinstance(augmentation, jax.core.Tracer)
-    check(not known or bool(augmentation >= 0), argument="augmentation", value=given, rule="must not be negative")
+    augmentation = as_number("augmentation", augmentation, objectives.dtype, interval="[0, inf]")
     gaps = weights * (ideal - objectives)
     return -jnp.max(gaps) - augmentation * jnp.sum(gaps)
 
@@ -87,9 +85,7 @@ def smooth_tchebycheff(objectives: Array, weights: Array, ideal: Array, *, tempe
         Lin et al. (2024), arXiv 2402.19078, equation for smooth Tchebycheff scalarisation.
     """
     objectives, weights, ideal = _vectors(objectives=objectives, weights=weights, ideal=ideal)
-    given, temperature = temperature, as_numbers("temperature", temperature, (), objectives.dtype)
-    known = not isinstance(temperature, jax.core.Tracer)
-    check(not known or bool(temperature > 0), argument="temperature", value=given, rule="must be positive")
+    temperature = as_number("temperature", temperature, objectives.dtype, interval="(0, inf]")
     return -temperature * jax.nn.logsumexp(weights * (ideal - objectives) / temperature)
 
 
@@ -109,9 +105,7 @@ def boundary_intersection(objectives: Array, weights: Array, ideal: Array, *, pe
         Zhang and Li (2007), "MOEA/D", section on the penalty-based boundary intersection.
     """
     objectives, weights, ideal = _vectors(objectives=objectives, weights=weights, ideal=ideal)
-    given, penalty = penalty, as_numbers("penalty", penalty, (), objectives.dtype)
-    known = not isinstance(penalty, jax.core.Tracer)
-    check(not known or bool(penalty >= 0), argument="penalty", value=given, rule="must not be negative")
+    penalty = as_number("penalty", penalty, objectives.dtype, interval="[0, inf]")
     gaps = ideal - objectives
     direction = weights / jnp.sqrt(jnp.sum(weights * weights))
     along = jnp.sum(gaps * direction)

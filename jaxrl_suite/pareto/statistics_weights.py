@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import check
+from jaxrl_suite.config import as_number, check
 from jaxrl_suite.pareto.hypervolume import as_numbers, check_known
 from jaxrl_suite.pareto.weights import Signals, WeightRule, _need, _normalise, check_simplex
 from jaxrl_suite.types import Array
@@ -56,9 +56,7 @@ def saw_weights(weights: Array, *, decay: Array | float = 0.0) -> WeightRule:
         arXiv 2606.07705 (SAW), as summarised publicly: weights from the batch coefficient of variation.
     """
     weights = check_simplex(weights)
-    given, decay = decay, as_numbers("decay", decay, (), weights.dtype)
-    known = not isinstance(decay, jax.core.Tracer)
-    check(not known or bool(0 <= decay < 1), argument="decay", value=given, rule="must lie in [0, 1)")
+    decay = as_number("decay", decay, weights.dtype, interval="[0, 1)")
 
     def init() -> AverageState:
         return AverageState(jnp.zeros_like(weights), jnp.zeros((), jnp.int32))
@@ -101,12 +99,8 @@ def ctwa_weights(weights: Array, rate: Array | float, *, targets: Array, decay: 
         advantage, exponential average, targets.
     """
     weights = check_simplex(weights)
-    given, rate = rate, as_numbers("rate", rate, (), weights.dtype)
-    known = not isinstance(rate, jax.core.Tracer)
-    check(not known or bool(0 <= rate < jnp.inf), argument="rate", value=given, rule="must be finite and not negative")
-    given, decay = decay, as_numbers("decay", decay, (), weights.dtype)
-    known = not isinstance(decay, jax.core.Tracer)
-    check(not known or bool(0 <= decay < 1), argument="decay", value=given, rule="must lie in [0, 1)")
+    rate = as_number("rate", rate, weights.dtype, interval="[0, inf)")
+    decay = as_number("decay", decay, weights.dtype, interval="[0, 1)")
     targets = as_numbers("targets", targets, weights.shape, weights.dtype)
     check_known("targets", targets)
 
@@ -191,12 +185,8 @@ def lagrangian_weights(
     given, thresholds = thresholds, as_numbers("thresholds", thresholds, weights.shape, weights.dtype)
     known, rule = not isinstance(thresholds, jax.core.Tracer), "must be finite, or -inf where there is no constraint"
     check(not known or bool(jnp.all(thresholds < jnp.inf)), argument="thresholds", value=given, rule=rule)
-    given, rate = rate, as_numbers("rate", rate, (), weights.dtype)
-    known = not isinstance(rate, jax.core.Tracer)
-    check(not known or bool(0 <= rate < jnp.inf), argument="rate", value=given, rule="must be finite and not negative")
-    most = as_numbers("max_multiplier", max_multiplier, (), weights.dtype)
-    known = not isinstance(most, jax.core.Tracer)
-    check(not known or bool(most > 0), argument="max_multiplier", value=max_multiplier, rule="must be positive")
+    rate = as_number("rate", rate, weights.dtype, interval="[0, inf)")
+    most = as_number("max_multiplier", max_multiplier, weights.dtype, interval="(0, inf]")
 
     def step(state: Array, signals: Signals) -> tuple[Array, Array]:
         gap = thresholds - _need(signals.objectives, "objectives").astype(weights.dtype)

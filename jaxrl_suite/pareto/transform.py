@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_suite.config import check, check_count
+from jaxrl_suite.config import as_number, check, check_count
 from jaxrl_suite.pareto.aggregate import Aggregator, aggregate, check_rule
 from jaxrl_suite.pareto.hypervolume import as_numbers, check_known
 from jaxrl_suite.pareto.influence import gram_influence, gram_of
@@ -62,9 +62,8 @@ def multi_objective(
     check_count(1, num_objectives=num_objectives)
     if not isinstance(rule, WeightRule):
         check_rule(rule)
-    longest = as_numbers("clip_norm", jnp.inf if clip_norm is None else clip_norm, ())
-    fits = isinstance(longest, jax.core.Tracer) or bool(longest > 0)
-    check(fits, argument="clip_norm", value=clip_norm, rule="must be positive")
+    longest = jnp.inf if clip_norm is None else clip_norm
+    as_number("clip_norm", longest, jnp.result_type(float), interval="(0, inf]")
 
     def init(params: Any) -> MultiObjectiveState:
         dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
@@ -128,11 +127,8 @@ def famo_weights(
     check(not known or bool(jnp.all(weights > 0)), argument="weights", value=weights, rule=rule)
     ideal = as_numbers("ideal", ideal, weights.shape, weights.dtype)
     check_known("ideal", ideal)
-    for name, given in (("rate", rate), ("decay", decay)):
-        value = as_numbers(name, given, ())
-        fits = isinstance(value, jax.core.Tracer) or bool(0 <= value < jnp.inf)
-        check(fits, argument=name, value=given, rule="must be finite and not negative")
-    rate, decay = jnp.asarray(rate, weights.dtype), jnp.asarray(decay, weights.dtype)
+    rate = as_number("rate", rate, weights.dtype, interval="[0, inf)")
+    decay = as_number("decay", decay, weights.dtype, interval="[0, inf)")
     tiny = jnp.finfo(weights.dtype).eps
 
     def init() -> FamoState:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_suite.config import check, check_count
+from jaxrl_suite.config import as_number, check, check_count
 from jaxrl_suite.pareto.dominance import Archive, archive_insert, init_archive
 from jaxrl_suite.pareto.hypervolume import as_numbers, check_known, check_set, hypervolume, hypervolume_improvement
 from jaxrl_suite.types import Array
@@ -262,13 +262,10 @@ def influence_weights(
     weights = check_simplex(weights)
     num_objectives = weights.shape[0]
     check_count(1, interval=interval)
-    given, rate = rate, as_numbers("rate", rate, (), weights.dtype)
-    known = not isinstance(rate, jax.core.Tracer)
-    check(not known or bool(0 <= rate < jnp.inf), argument="rate", value=given, rule="must be finite and not negative")
-    longest = as_numbers("max_log_step", jnp.inf if max_log_step is None else max_log_step, ())
-    known = not isinstance(longest, jax.core.Tracer)
-    check(not known or bool(longest > 0), argument="max_log_step", value=max_log_step, rule="must be positive")
-    as_numbers("floor", floor, ())
+    rate = as_number("rate", rate, weights.dtype, interval="[0, inf)")
+    longest = jnp.inf if max_log_step is None else max_log_step
+    as_number("max_log_step", longest, weights.dtype, interval="(0, inf]")
+    as_number("floor", floor, weights.dtype)
     check(0 <= floor * num_objectives <= 1, argument="floor", value=floor, rule="must lie in [0, 1 / K]")
 
     def init() -> InfluenceState:
@@ -304,9 +301,7 @@ def tchebycheff_weights(weights: Array, ideal: Array, *, temperature: Array | fl
     weights = check_simplex(weights)
     ideal = as_numbers("ideal", ideal, weights.shape, weights.dtype)
     check_known("ideal", ideal)
-    given, temperature = temperature, as_numbers("temperature", temperature, (), weights.dtype)
-    known = not isinstance(temperature, jax.core.Tracer)
-    check(not known or bool(temperature > 0), argument="temperature", value=given, rule="must be positive")
+    temperature = as_number("temperature", temperature, weights.dtype, interval="(0, inf]")
 
     def step(state: tuple[()], signals: Signals) -> tuple[tuple[()], Array]:
         gaps = weights * (ideal - _need(signals.objectives, "objectives"))
@@ -376,9 +371,7 @@ def hypervolume_gradient_weights(
     weights = check_simplex(weights)
     reference = as_numbers("reference", reference, weights.shape, weights.dtype)
     init_archive(capacity, reference)  # a bad capacity is an error here, not when the rule starts
-    given, mixing = mixing, as_numbers("mixing", mixing, (), weights.dtype)
-    known = not isinstance(mixing, jax.core.Tracer)
-    check(not known or bool(0 <= mixing <= 1), argument="mixing", value=given, rule="must lie in [0, 1]")
+    mixing = as_number("mixing", mixing, weights.dtype, interval="[0, 1]")
     if front is not None:
         front, columns = as_numbers("front", front, None, weights.dtype), weights.shape[0]
         fits = front.ndim == 2 and front.shape[1] == columns
