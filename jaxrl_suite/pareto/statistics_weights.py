@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_suite.config import as_number, check
 from jaxrl_suite.pareto.hypervolume import as_numbers, check_known
@@ -184,7 +185,7 @@ def lagrangian_weights(
     weights = check_simplex(weights)
     given, thresholds = thresholds, as_numbers("thresholds", thresholds, weights.shape, weights.dtype)
     known, rule = not isinstance(thresholds, jax.core.Tracer), "must be finite, or -inf where there is no constraint"
-    check(not known or bool(jnp.all(thresholds < jnp.inf)), argument="thresholds", value=given, rule=rule)
+    check(not known or bool(np.all(np.asarray(thresholds) < np.inf)), argument="thresholds", value=given, rule=rule)
     rate = as_number("rate", rate, weights.dtype, interval="[0, inf)")
     most = as_number("max_multiplier", max_multiplier, weights.dtype, interval="(0, inf]")
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxrl_suite.config import as_number, check, check_count
@@ -124,7 +125,7 @@ def famo_weights(
     """
     weights = check_simplex(weights)
     known, rule = not isinstance(weights, jax.core.Tracer), "must all be positive: what has no weight never gets any"
-    check(not known or bool(jnp.all(weights > 0)), argument="weights", value=weights, rule=rule)
+    check(not known or bool(np.all(np.asarray(weights) > 0)), argument="weights", value=weights, rule=rule)
     ideal = as_numbers("ideal", ideal, weights.shape, weights.dtype)
     check_known("ideal", ideal)
     rate = as_number("rate", rate, weights.dtype, interval="[0, inf)")

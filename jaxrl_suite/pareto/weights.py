@@ -179,7 +179,7 @@ def hypervolume_gain_weights(
     shape, dtype = weights.shape, weights.dtype
     unit = jnp.ones_like(weights) if scale is None else as_numbers("scale", scale, shape, dtype)
     known = not isinstance(unit, jax.core.Tracer)
-    check(not known or bool(jnp.all(unit > 0)), argument="scale", value=scale, rule="must be positive")
+    check(not known or bool(np.all(np.asarray(unit) > 0)), argument="scale", value=scale, rule="must be positive")
     base = jnp.zeros_like(weights) if reference is None else as_numbers("reference", reference, shape, dtype) / unit
     check_known("reference", base)
 

@@ -238,3 +238,18 @@ def test_no_points_are_infinitely_far():
     none = jnp.zeros((0, 2))
     assert float(pareto.igd_plus(none, jnp.ones((1, 2)))) == np.inf
     assert float(pareto.r2(none, HALF[None], jnp.ones(2))) == np.inf
+
+
+def test_rules_are_built_inside_jit_from_known_and_from_traced_values():
+    """What is checked by value must not become an operation of the program around it."""
+    lists = (
+        lambda w: pareto.lagrangian_weights(w, HALF, rate=0.1),
+        lambda w: pareto.hypervolume_gain_weights(w, scale=HALF, capacity=4),
+        lambda w: pareto.famo_weights(w, HALF),
+        lambda w: pareto.tchebycheff_weights(w, HALF, temperature=0.1),
+        lambda w: pareto.influence_weights(w, 0.1, max_log_step=1.0),
+    )
+    for build in lists:
+        known = jax.jit(lambda build=build: jax.tree.leaves(build(HALF).init())[0])()
+        traced = jax.jit(lambda w, build=build: jax.tree.leaves(build(w).init())[0])(HALF)
+        np.testing.assert_array_equal(known, traced)
