@@ -12,7 +12,7 @@ from jaxrl_suite.moe.config import HParams, MoEConfig, check_folding
 from jaxrl_suite.moe.folding import Folding
 from jaxrl_suite.moe.model import Batch
 from jaxrl_suite.moe.partition import stored_shardings
-from jaxrl_suite.moe.train import TrainState, init_moments, train_step
+from jaxrl_suite.moe.train import TrainState, init_moments
 
 
 def abstract_state(config: MoEConfig, folding: Folding) -> TrainState:
@@ -53,9 +53,3 @@ def abstract_hparams(folding: Folding) -> HParams:
 def _abstract(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
     """Stands for an array in the arguments of a function that is only compiled."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-
-def donating_step() -> Any:
-    """``moe.train_step`` itself, its state donated, as a launcher runs it in a loop."""
-    plain = getattr(train_step, "__wrapped__")  # noqa: B009  the type of jitted functions does not know the attribute
-    return jax.jit(plain, donate_argnums=0, static_argnames="loss")

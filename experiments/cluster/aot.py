@@ -173,16 +173,17 @@ def compile_train_step(
     """
     import jax
 
-    from experiments.cluster.abstract_step import abstract_batch, abstract_hparams, abstract_state, donating_step
+    from experiments.cluster.abstract_step import abstract_batch, abstract_hparams, abstract_state
     from experiments.cluster.declared import declared_flops
     from jaxrl_suite.lm import flatten
     from jaxrl_suite.moe.cost_model import token_flops
+    from jaxrl_suite.moe.train import train_step_in_place
 
     with standing_in(list(devices)):
         state = abstract_state(config, folding)
         batch = abstract_batch(folding, global_batch, sequence)
         keywords = {"hparams": abstract_hparams(folding)}
-    found = compile_for(platform, devices, donating_step(), (state, batch), keywords, node_size=node_size)
+    found = compile_for(platform, devices, train_step_in_place, (state, batch), keywords, node_size=node_size)
     held = {
         "parameters": _local_bytes(flatten(state.params).values()),
         "optimizer": _local_bytes(jax.tree.leaves(state.moments)),

@@ -161,7 +161,7 @@ def train(folding: Any) -> None:
         for step in range(begun, FLAGS.num_steps):
             batch = moe.language_batch(windows(key, step, text, FLAGS.batch_size, FLAGS.length))
             began = time.perf_counter()
-            state, metrics = jax.block_until_ready(moe.train_step(state, batch, hparams=hparams))
+            state, metrics = jax.block_until_ready(moe.train_step_in_place(state, batch, hparams=hparams))
             seconds = time.perf_counter() - began
             record = {name: float(value) for name, value in metrics.items() if value.ndim == 0}
             record |= {"time/step_seconds": seconds, "speed/tokens_per_second": tokens / seconds}

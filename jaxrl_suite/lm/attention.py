@@ -7,6 +7,7 @@ is one block, and nothing is walked: all rows and heads go through one batched p
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jaxrl_suite.lm.layers import vary_like, wide
 from jaxrl_suite.types import Array
 
 Layout = Literal["auto", "looped", "batched"]
+_Map = Callable[[Callable[..., Any], Any], Any]
 _HIDDEN = -1e30  # finite, so that a block of which nothing is visible makes no NaN
 # A CPU takes the products of all rows and heads at once up to here: scores of more tokens leave the cache.
 _CPU_BLOCK = 128
@@ -33,6 +35,8 @@ class _Plan(NamedTuple):
         scale: factor on the scores.
         group: query heads of a KV head.
         layout: see :func:`blockwise_attend`; on a CPU "auto" is "batched" for a single small block.
+        q_block: queries of a block.
+        k_block: keys of a block.
     """
 
     offset: int | None
@@ -40,6 +44,8 @@ class _Plan(NamedTuple):
     scale: float
     group: int
     layout: Layout
+    q_block: int
+    k_block: int
 
 
 class _Places(NamedTuple):
@@ -137,12 +143,9 @@ def attention_with_normaliser(
     else:
         q_block = k_block = block_size
     n, m = -(-length // q_block), -(-num_keys // k_block)
-    plan = _Plan(num_keys - length if ordered else None, window, width**-0.5, group, layout)
+    plan = _Plan(num_keys - length if ordered else None, window, width**-0.5, group, layout, q_block, k_block)
     q, k, v = (vary_like(x, q, k, v) for x in (q, k, v))
-    # Rows of a query block: time major, the heads of a group minor, so that one product serves the whole group.
-    q = _pad(q.reshape(batch, length, num_kv_heads, group, width), n * q_block).transpose(0, 2, 1, 3, 4)
-    q = q.reshape(batch, num_kv_heads, n, q_block * group, width)
-    k, v = (_pad(x, m * k_block).transpose(0, 2, 1, 3).reshape(batch, num_kv_heads, m, k_block, width) for x in (k, v))
+    q, k, v = _pad(q, n * q_block), _pad(k, m * k_block), _pad(v, m * k_block)
     far = jnp.iinfo(jnp.int32).max
     places = _Places(
         _pad(q_positions, n * q_block, far).reshape(batch, n, q_block),
@@ -151,12 +154,7 @@ def attention_with_normaliser(
         _pad(k_segments, m * k_block, -1).reshape(batch, m, k_block),
     )
     output, normaliser = _attention(plan, q, k, v, places)
-    output = output.reshape(batch, num_kv_heads, n * q_block, group, width).transpose(0, 2, 1, 3, 4)
-    normaliser = normaliser.reshape(batch, num_kv_heads, n * q_block, group).transpose(0, 2, 1, 3)
-    return (
-        output.reshape(batch, n * q_block, num_heads, width)[:, :length],
-        normaliser.reshape(batch, n * q_block, num_heads)[:, :length],
-    )
+    return output[:, :length], normaliser[:, :length]
 
 
 def _pad(x: Array, length: int, value: int = 0) -> Array:
@@ -166,7 +164,13 @@ def _pad(x: Array, length: int, value: int = 0) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(plan: _Plan, q: Array, k: Array, v: Array, places: _Places) -> tuple[Array, Array]:
-    return _over_heads(functools.partial(_forward_one, plan), plan, (q, k, v), places)
+    def row(over_heads: _Map, arrays: tuple[Array, ...], places: _Places) -> tuple[Array, Array]:
+        q, k, v = arrays
+        blocks = (_query_blocks(plan, q), _key_blocks(plan, k), _key_blocks(plan, v))
+        output, normaliser = over_heads(lambda one: _forward_one(plan, one, places), blocks)
+        return _from_query_blocks(plan, output), _from_query_blocks(plan, normaliser)
+
+    return _over_rows(row, plan, (q, k, v), places)
 
 
 def _attention_forward(plan: _Plan, q: Array, k: Array, v: Array, places: _Places):
@@ -182,21 +186,56 @@ def _attention_backward(plan: _Plan, residuals, cotangents):
     g, g_normaliser = cotangents
     # d score = p (g . v - g . output + g_normaliser): both row terms are computed once.
     offset = jnp.sum(g.astype(normaliser.dtype) * output.astype(normaliser.dtype), axis=-1) - g_normaliser
-    dq, dk, dv = _over_heads(functools.partial(_backward_one, plan), plan, (q, k, v, g, offset, normaliser), places)
-    return dq, dk, dv, None
+
+    def row(over_heads: _Map, arrays: tuple[Array, ...], places: _Places) -> tuple[Array, Array, Array]:
+        q, k, v, *by_query = arrays
+        blocks = (_query_blocks(plan, q), _key_blocks(plan, k), _key_blocks(plan, v))
+        blocks += tuple(_query_blocks(plan, x) for x in by_query)
+        dq, dk, dv = over_heads(lambda one: _backward_one(plan, one, places), blocks)
+        return _from_query_blocks(plan, dq), _from_turned_blocks(dk), _from_turned_blocks(dv)
+
+    return *_over_rows(row, plan, (q, k, v, g, offset, normaliser), places), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _over_heads(function, plan: _Plan, arrays: tuple[Array, ...], places: _Places):
-    """Applies ``function(arrays of one row and KV head, places of one row)`` over leading axes [B, Hk]."""
+# A row is laid out for the products where it is read and written, while it lies in the cache of a CPU: as passes over
+# all rows that took 2 % of a train step.
+def _query_blocks(plan: _Plan, x: Array) -> Array:
+    """[T, Hq, ...] to [Hk, n, block * group, ...]: time major, heads of a group minor, one product for the group."""
+    length, rest = x.shape[0], x.shape[2:]
+    x = x.reshape(length, -1, plan.group, *rest).swapaxes(0, 1)
+    return x.reshape(x.shape[0], length // plan.q_block, -1, *rest)
 
-    def batched(arrays, places):
-        return jax.vmap(lambda a, p: jax.vmap(lambda one: function(one, p))(a))(arrays, places)
 
-    def looped(arrays, places):
-        return jax.lax.map(lambda row: jax.lax.map(lambda one: function(one, row[1]), row[0]), (arrays, places))
+def _from_query_blocks(plan: _Plan, x: Array) -> Array:
+    """The inverse of :func:`_query_blocks`."""
+    rest = x.shape[3:]
+    x = x.reshape(x.shape[0], -1, plan.group, *rest).swapaxes(0, 1)
+    return x.reshape(x.shape[0], -1, *rest)
+
+
+def _key_blocks(plan: _Plan, x: Array) -> Array:
+    """[S, Hk, C] to [Hk, m, block, C]."""
+    length, heads, width = x.shape
+    return x.swapaxes(0, 1).reshape(heads, length // plan.k_block, plan.k_block, width)
+
+
+def _from_turned_blocks(x: Array) -> Array:
+    """[Hk, m, C, block] to [S, Hk, C]."""
+    heads, _, width, _ = x.shape
+    return x.transpose(1, 3, 0, 2).reshape(-1, heads, width)
+
+
+def _over_rows(row: Callable[..., Any], plan: _Plan, arrays: tuple[Array, ...], places: _Places) -> Any:
+    """Applies ``row(map over KV heads, arrays of one row, places of one row)`` over the leading axis."""
+
+    def batched(arrays: tuple[Array, ...], places: _Places) -> Any:
+        return jax.vmap(functools.partial(row, lambda one, blocks: jax.vmap(one)(blocks)))(arrays, places)
+
+    def looped(arrays: tuple[Array, ...], places: _Places) -> Any:
+        return jax.lax.map(lambda item: row(jax.lax.map, *item), (arrays, places))
 
     if plan.layout == "auto":
         return jax.lax.platform_dependent(arrays, places, cpu=looped, default=batched)
@@ -272,6 +311,8 @@ def _forward_one(plan: _Plan, arrays: tuple[Array, Array, Array], places: _Place
 def _backward_one(plan: _Plan, arrays: tuple[Array, ...], places: _Places) -> tuple[Array, Array, Array]:
     q, k, v, g, offset, normaliser = arrays
     dtype = wide(q.dtype)
+    # Turned before the walk: gradients by keys and values are then [C, keys], products that a CPU need not turn.
+    turned_q, turned_g = q.swapaxes(1, 2), g.swapaxes(1, 2)
 
     def product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
         return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=dtype)
@@ -282,8 +323,8 @@ def _backward_one(plan: _Plan, arrays: tuple[Array, ...], places: _Places) -> tu
         d_scores = (weights * d_weights * jnp.asarray(plan.scale, dtype)).astype(q.dtype)
         return (
             product(d_scores, k[j], (1, 0)),
-            product(d_scores, q[i], (0, 0)),
-            product(weights.astype(q.dtype), g[i], (0, 0)),
+            product(turned_q[i], d_scores, (1, 0)),
+            product(turned_g[i], weights.astype(q.dtype), (1, 0)),
         )
 
     def step(carry: tuple[Array, Array, Array], pair: Any):
@@ -296,6 +337,7 @@ def _backward_one(plan: _Plan, arrays: tuple[Array, ...], places: _Places) -> tu
     if len(pairs[0]) == 1:
         dq, dk, dv = (x[None] for x in gradients(0, 0))
     else:
-        dq, dk, dv = (vary_like(jnp.zeros(x.shape, dtype), q, k, v, g, *places) for x in (q, k, v))
+        shapes = (q.shape, k.swapaxes(1, 2).shape, v.swapaxes(1, 2).shape)
+        dq, dk, dv = (vary_like(jnp.zeros(shape, dtype), q, k, v, g, *places) for shape in shapes)
         (dq, dk, dv), _ = jax.lax.scan(step, (dq, dk, dv), pairs)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)

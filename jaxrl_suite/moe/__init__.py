@@ -31,7 +31,14 @@ from jaxrl_suite.moe.grouped import grouped_matmul
 from jaxrl_suite.moe.layer import LayerAxes, RouterSums, moe_layer
 from jaxrl_suite.moe.model import Batch, language_batch, next_token_loss
 from jaxrl_suite.moe.policy import policy, to_decode
-from jaxrl_suite.moe.train import TrainState, init_train_state, loss_and_gradients, state_from_params, train_step
+from jaxrl_suite.moe.train import (
+    TrainState,
+    init_train_state,
+    loss_and_gradients,
+    state_from_params,
+    train_step,
+    train_step_in_place,
+)
 from jaxrl_suite.moe.upcycling import upcycle
 from jaxrl_suite.moe.verify import verify
 
@@ -71,6 +78,7 @@ __all__ = [
     "state_from_params",
     "to_decode",
     "train_step",
+    "train_step_in_place",
     "upcycle",
     "update_balance_bias",
     "verify",

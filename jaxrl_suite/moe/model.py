@@ -34,7 +34,7 @@ from jaxrl_suite.types import Array, FeedForward, Params
 
 Loss = Callable[[Array, "Batch"], Array]
 Gather = tuple[tuple[str, ...], int]
-# Of queries, keys and values "held" names those before they are laid out for a kernel.
+# Of queries, keys and values "held" names those before they are cut up or filled up for a kernel.
 _SAVED = (*SAVED_NAMES, *(name for name in DENSE_NAMES if name not in ("query", "key", "value")))
 # What norms, sums and changes of shape consist of: to repeat it takes less time than to write and read its result.
 _CHEAP = frozenset(

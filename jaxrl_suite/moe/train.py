@@ -117,6 +117,15 @@ def train_step(
     }
 
 
+# The same step where the arrays of ``state`` become those of the next: memory for one state instead of two, and
+# ``state`` cannot be read afterwards. What a training loop calls.
+train_step_in_place = jax.jit(
+    getattr(train_step, "__wrapped__"),  # noqa: B009  the type of jitted functions does not know the attribute
+    static_argnames="loss",
+    donate_argnames="state",
+)
+
+
 def loss_and_gradients(
     params: Params,
     batch: Batch,

@@ -3,13 +3,16 @@
     python tests/benchmarks/moe_benchmark.py step      # small Mixtral, tokens per second, dropping and dropless, torch
     python tests/benchmarks/moe_benchmark.py layer     # cost from 8 to 64 experts at fixed active parameters
 
-Ours on one device and, data parallel, on a virtual device a core; memory is kept. Medians of several runs in turns;
-compile time apart. The torch side needs the ``parity`` extra and is skipped without it; it runs in processes of its
-own, as it comes and with the same settings of malloc (in one process the threads of torch slow ours down).
+Ours on one device and, data parallel, on a virtual device a core; memory is kept. Everything that is timed has a
+process of its own, as a run of it would (in one, freed blocks of one program are cut up by the next, and threads of
+torch slow ours down), is warmed up, and takes its turns with the others, some calls in a row as in a run; medians of
+the calls of all turns, compile time apart.
+The torch side needs the ``parity`` extra and is skipped without it; it runs as it comes and with the same settings of
+malloc.
 """
 
 import argparse
-import functools
+import contextlib
 import importlib.util
 import math
 import os
@@ -17,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import types
 
 import jax
 import jax.numpy as jnp
@@ -43,17 +46,22 @@ MODEL = lm.LanguageModelConfig(
 
 
 # What keep_memory sets, as the environment variables of glibc.
-KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 4096), "MALLOC_ARENA_MAX": "1"}
+KEPT_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 4096),
+    "MALLOC_ARENA_MAX": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+WARM_UP, CALLS = 6, 3  # calls before the first that counts, as the heap grows until then; calls of a turn
 DISPATCH = {
     "capacity 1.25": {"dispatch": "drop_pad", "capacity_factor": 1.25},
     "dropless": {"dispatch": "padded"},
 }
 
 
-def foldings():
+def numbers_of_ranks():
     """One device, and data parallel on a virtual device a core."""
-    ranks = math.gcd(BATCH, jax.device_count())
-    return [moe.Folding(dp=number, edp=number) for number in sorted({1, ranks})]
+    return sorted({1, math.gcd(BATCH, os.cpu_count())})
 
 
 def our_step(options, folding):
@@ -65,7 +73,7 @@ def our_step(options, folding):
     held = [state]
 
     def step():
-        held[0], metrics = jax.block_until_ready(moe.train_step(held[0], batch))
+        held[0], metrics = jax.block_until_ready(moe.train_step_in_place(held[0], batch))
         return metrics
 
     return step
@@ -78,18 +86,8 @@ def timed(function):
     return time.perf_counter() - began
 
 
-def in_turns(turns: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Seconds that each returns, call by call; nobody always follows the same one."""
-    names, seconds = list(turns), {name: [] for name in turns}
-    for turn in range(repeats):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            seconds[name].append(turns[name]())
-    return seconds
-
-
-def serve_torch_steps():
-    """For every line on the input, one AdamW step of transformers' Mixtral of the same shape; prints its seconds."""
+def torch_step():
+    """A function that takes one AdamW step of transformers' Mixtral of the same shape."""
     import torch
     import transformers
 
@@ -116,56 +114,9 @@ def serve_torch_steps():
         model(input_ids=tokens, labels=tokens).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        return {}
 
-    step()
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        print(timed(step), flush=True)
-
-
-class TorchSteps:
-    """The other side of :func:`serve_torch_steps`."""
-
-    def __init__(self, environment):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        command, variables = [sys.executable, __file__, "torch"], {**os.environ, **environment}
-        self.process = subprocess.Popen(command, **pipes, text=True, env=variables)
-        self.process.stdout.readline()
-
-    def seconds(self):
-        """Of one step."""
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        return float(self.process.stdout.readline())
-
-    def close(self):
-        """Ends the process."""
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def compare_steps(repeats):
-    """Prints tokens per second of each, steps taken in turns."""
-    ours = {
-        f"{name}, {folding.num_ranks} device{'s'[: folding.num_ranks - 1]}": our_step(options, folding)
-        for name, options in DISPATCH.items()
-        for folding in foldings()
-    }
-    first = {name: timed(step) for name, step in ours.items()}
-    turns, theirs = {name: functools.partial(timed, step) for name, step in ours.items()}, {}
-    if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-        theirs = {"torch": TorchSteps({}), "torch, memory kept": TorchSteps(KEPT_MEMORY)}
-    seconds = in_turns(turns | {name: steps.seconds for name, steps in theirs.items()}, repeats)
-    for steps in theirs.values():
-        steps.close()
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    for name, median in medians.items():
-        factors = [f"{medians[other] / median:.2f}x {other}" for other in theirs]
-        row = f"{name:<24} {median:6.3f} s ({min(seconds[name]):.3f} to {max(seconds[name]):.3f})"
-        print(f"{row}  {BATCH * LENGTH / median:6.0f} tokens/s  {', '.join(factors)}")
-        if name in ours:
-            dropped = float(ours[name]()["dispatch/drop_rate"])
-            print(f"{'':<24} first call {first[name]:.1f} s, drop rate {dropped:.3f}", flush=True)
+    return step
 
 
 def layer_gradient(num_experts, options, folding):
@@ -182,20 +133,94 @@ def layer_gradient(num_experts, options, folding):
     specs, mesh = (whole, rows), folding.mesh()
     gradient = jax.jit(jax.shard_map(jax.grad(loss, argnums=(0, 1)), mesh=mesh, in_specs=specs, out_specs=specs))
     params, x = jax.device_put((params, x), (folding.sharding(), folding.sharding("dp")))
-    jax.block_until_ready(gradient(params, x))
-    return lambda: jax.block_until_ready(gradient(params, x))
+
+    def call():
+        jax.block_until_ready(gradient(params, x))
+        return {}
+
+    return call
+
+
+def serve(what, dispatch, ranks, num_experts):
+    """Times one call for every line on the input; before that, prints the first call's seconds and the drop rate."""
+    if what == "torch":
+        call = torch_step()
+    else:
+        folding = moe.Folding(dp=ranks, edp=ranks)
+        options = DISPATCH[dispatch]
+        call = our_step(options, folding) if what == "step" else layer_gradient(num_experts, options, folding)
+    first = timed(call)
+    metrics = [call() for _ in range(WARM_UP)][-1]
+    print(first, float(metrics.get("dispatch/drop_rate", 0)), flush=True)
+    for _ in sys.stdin:
+        print(timed(call), flush=True)
+
+
+class Side:
+    """The other end of :func:`serve`, in a process of its own."""
+
+    def __init__(self, *arguments, environment=types.MappingProxyType({})):
+        command, variables = [sys.executable, __file__, "serve", *map(str, arguments)], {**os.environ, **environment}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, **pipes, text=True, env=variables)
+        self.first, self.drop_rate = map(float, self.process.stdout.readline().split())
+
+    def seconds(self):
+        """Of one call."""
+        self.process.stdin.write("call\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def in_turns(sides: dict, repeats: int) -> dict:
+    """Seconds that each takes, call by call; nobody always follows the same one."""
+    names, seconds = list(sides), {name: [] for name in sides}
+    for turn in range(repeats):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name] += [sides[name].seconds() for _ in range(CALLS)]
+    return seconds
+
+
+def compare_steps(repeats):
+    """Prints tokens per second of each, steps taken in turns."""
+    with contextlib.ExitStack() as stack:
+        sides, theirs = {}, ()
+        for dispatch in DISPATCH:
+            for ranks in numbers_of_ranks():
+                name = f"{dispatch}, {ranks} device{'s'[: ranks - 1]}"
+                sides[name] = stack.enter_context(Side("step", dispatch, ranks))
+        ours = dict(sides)
+        if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+            environments = {"torch": {}, "torch, memory kept": KEPT_MEMORY}
+            theirs = tuple(environments)
+            for name, environment in environments.items():
+                sides[name] = stack.enter_context(Side("torch", environment=environment))
+        seconds = in_turns(sides, repeats)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, median in medians.items():
+        factors = [f"{medians[other] / median:.2f}x {other}" for other in theirs]
+        row = f"{name:<24} {median:6.3f} s ({min(seconds[name]):.3f} to {max(seconds[name]):.3f})"
+        print(f"{row}  {BATCH * LENGTH / median:6.0f} tokens/s  {', '.join(factors)}")
+        if name in ours:
+            print(f"{'':<24} first call {ours[name].first:.1f} s, drop rate {ours[name].drop_rate:.3f}", flush=True)
 
 
 def compare_layers(repeats):
     """Prints the cost by number of experts and by dispatcher."""
     sizes = (8, 16, 32, 64)
-    for folding in foldings():
-        gradients = {
-            (name, n): layer_gradient(n, options, folding) for name, options in DISPATCH.items() for n in sizes
-        }
-        turns = {key: functools.partial(timed, gradient) for key, gradient in gradients.items()}
-        seconds = {key: statistics.median(values) for key, values in in_turns(turns, repeats).items()}
-        print(f"{folding.num_ranks} device(s)")
+    for ranks in numbers_of_ranks():
+        with contextlib.ExitStack() as stack:
+            sides = {(name, n): stack.enter_context(Side("layer", name, ranks, n)) for name in DISPATCH for n in sizes}
+            seconds = {key: statistics.median(values) for key, values in in_turns(sides, repeats).items()}
+        print(f"{ranks} device(s)")
         for name in DISPATCH:
             row = "  ".join(f"{n}: {seconds[name, n] * 1e3:6.1f} ms" for n in sizes)
             print(f"{name:<14} {row}  64/8 {seconds[name, 64] / seconds[name, 8]:.2f}")
@@ -206,16 +231,19 @@ def compare_layers(repeats):
 def main():
     """Runs one of the two comparisons."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("step", "layer", "torch"))
+    parser.add_argument("what", choices=("step", "layer"))
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()
-    if arguments.what == "torch":
-        serve_torch_steps()
-        return
-    keep_memory()
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())
     (compare_steps if arguments.what == "step" else compare_layers)(arguments.repeats)
 
 
+def main_of_a_side(what, dispatch="", ranks="1", num_experts="0"):
+    """Sets the process up and serves."""
+    if what != "torch":
+        keep_memory()
+        jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    serve(what, dispatch, int(ranks), int(num_experts))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main_of_a_side(*sys.argv[2:]) if sys.argv[1:2] == ["serve"] else main())

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.cluster import compile as compile_command
 from experiments.cluster import compile_report, compile_table, kernels
-from experiments.cluster.abstract_step import abstract_batch, abstract_hparams, abstract_state, donating_step
+from experiments.cluster.abstract_step import abstract_batch, abstract_hparams, abstract_state
 from experiments.cluster.aot import Compiled, compile_for, compile_named, compile_train_step, once, shrunk
 from experiments.cluster.confirm import confirm, step_of
 from experiments.cluster.declared import declared_flops
@@ -31,6 +31,7 @@ from jaxrl_suite.moe.folding import Folding
 from jaxrl_suite.moe.hardware import Hardware
 from jaxrl_suite.moe.partition import placements
 from jaxrl_suite.moe.planner import plan
+from jaxrl_suite.moe.train import train_step_in_place
 from jaxrl_suite.moe.verify import compile_gradients, make_problem, relative_errors
 
 
@@ -276,7 +277,7 @@ def test_flops_are_explained(name):
     model = shrunk(MODELS["qwen2-57b-a14b"], folding).replace(num_experts=8, experts_per_token=2, expert_width=512)
     config = MoEConfig(model=model, dispatch="drop_pad", capacity_factor=1.0, num_microbatches=4, **options)
     batch = abstract_batch(folding, 4 * folding.dp, 1024)
-    traced = donating_step().trace(abstract_state(config, folding), batch, hparams=abstract_hparams(folding))
+    traced = train_step_in_place.trace(abstract_state(config, folding), batch, hparams=abstract_hparams(folding))
     counted = jaxpr_flops(traced.jaxpr.jaxpr)
     declared = declared_flops(config, folding, sequence=1024, global_batch=4 * folding.dp)
     assert 0.97 < counted.total / sum(declared.values()) < 1.10, (counted.total, declared)

@@ -155,11 +155,23 @@ def test_a_ring_holds_what_the_policy_names_and_nothing_else():
 
     mask = Counter([(2,), (2, 8)])  # tokens that count, of each sequence and each by itself
     assert kept("full_with_dispatch") - mask == Counter([(2, 8, 16)])
-    stream, heads, blocks = (2, 8, 16), (2, 8, 4, 4), (2, 4, 1, 16, 4)
+    stream, heads, filled = (2, 8, 16), (2, 8, 4, 4), (2, 16, 4, 4)
     gate, up = (96, 16), (6, 16, 16)  # rows, padded to blocks of 16; up block by block
     names = Counter({stream: 2, heads: 3})  # input and residual; q, k, v
-    names += Counter({blocks: 1, blocks[:-1]: 1, gate: 1, up: 1})  # output of attention, normaliser
+    names += Counter({filled: 1, filled[:-1]: 1, gate: 1, up: 1})  # output of attention, normaliser: 16 rows a block
     assert kept("elementwise") - mask == names + Counter([(16, 4), (16, 2), (16, 2)])  # logits; experts, which are kept
+
+
+def test_a_step_in_place_is_the_same_step_and_takes_the_state():
+    config, folding = moe.MoEConfig(model=MODEL, block_rows=16), moe.Folding.parse("attention=tp2.dp2 experts=ep4")
+    state = moe.state_from_params(params(), config, folding)
+    batch = moe.language_batch(jax.random.randint(jax.random.key(1), (4, 9), 0, 32))
+    kept, metrics = moe.train_step(state, batch)
+    given = jax.tree.map(jnp.copy, state)
+    new, same_metrics = moe.train_step_in_place(given, batch)
+    jax.tree.map(np.testing.assert_array_equal, (kept, metrics), (new, same_metrics))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 @pytest.mark.slow
