@@ -221,6 +221,8 @@ def _walk_backward(kept: _Kept, cotangent: Array) -> tuple[Array, Params, Array]
     sizes = _sizes(rows, expert, params["gate"].shape[0])
     stack, items = _items(params, stack, expert, live)
     wide = jnp.promote_types(rows.dtype, jnp.float32)
+    # The gradient of down takes a quarter less time as [D, F]; an expert needs many rows to pay for turning it around.
+    turned = rows.shape[0] // params["gate"].shape[0] >= 2 * _FEW_ROWS
 
     def one(carry: _Sums, item: tuple[Array, Array, Array]) -> tuple[_Sums, Params]:
         index, first, number = item
@@ -235,17 +237,21 @@ def _walk_backward(kept: _Kept, cotangent: Array) -> tuple[Array, Params, Array]
             d_w = _product(d_hidden.astype(w.dtype) * hidden, jnp.ones((hidden.shape[1], 1), w.dtype), (1, 0))
             d_gate, d_up = pull(_weigh(d_hidden, w))
             d_x = _product(d_gate, matrices["gate"], (1, 1)) + _product(d_up, matrices["up"], (1, 1))
-            pairs = {"gate": (x, d_gate), "up": (x, d_up), "down": (_weigh(hidden, w), g)}
+            h = _weigh(hidden, w)
+            pairs = {"gate": (x, d_gate), "up": (x, d_up), "down": (g, h) if turned else (h, g)}
             products = {name: _product(*pair, (0, 0)) for name, pair in pairs.items()}
             total = products if is_first else jax.tree.map(jnp.add, total, products)
             return _put(d_rows, d_x, begin), _put(d_weights, d_w, begin), total
 
         *by_row, total = _over_chunks(first, number, sizes, step, carry)
-        own = {name: jnp.where(number > 0, leaf, 0).astype(rows.dtype) for name, leaf in total.items()}
+        own = total | {"down": total["down"].T} if turned else total
+        own = {name: jnp.where(number > 0, leaf, 0).astype(rows.dtype) for name, leaf in own.items()}
         own["up"] = own["up"].reshape(-1)  # in another shape than gate, see _swiglu_forward
         return (*by_row, total), own
 
-    zeros = {name: zeros_like_varying(leaf.shape[1:], wide, rows) for name, leaf in params.items()}
+    shapes = {name: leaf.shape[1:] for name, leaf in params.items()}
+    shapes["down"] = shapes["gate"] if turned else shapes["down"]
+    zeros = {name: zeros_like_varying(shape, wide, rows) for name, shape in shapes.items()}
     d_rows, d_weights = (zeros_like_varying(array.shape, array.dtype, rows) for array in (rows, weights))
     (d_rows, d_weights, _), d_params = jax.lax.scan(one, (d_rows, d_weights, zeros), items)
     return d_rows, d_params | {"up": d_params["up"].reshape(params["up"].shape)}, d_weights
