@@ -33,6 +33,8 @@ import jax
 import pytest
 from absl import flags
 
+MOST_MAPS = 30_000  # of 65,530, the usual limit of Linux
+
 if not flags.FLAGS.is_parsed():  # pytest does not parse absl flags, and absl.testing reads them
     flags.FLAGS.mark_as_parsed()
 
@@ -41,6 +43,17 @@ def pytest_collection_finish():
     """Tracing makes many small objects that live long: looking for garbage among them took 6 % of the time."""
     gc.freeze()
     gc.set_threshold(10_000)
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Every compiled program maps memory, a few hundred tests a quarter of what Linux lets a process map: XLA then
+    crashes while it compiles (seen on jax 0.12). Between two files of tests programs are let go in time."""
+    maps = Path("/proc/self/maps")
+    if nextitem is not None and nextitem.path == item.path or not maps.exists():
+        return
+    if maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_collection_modifyitems(config, items):
