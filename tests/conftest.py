@@ -49,7 +49,7 @@ def pytest_runtest_teardown(item, nextitem):
     """Every compiled program maps memory, a few hundred tests a quarter of what Linux lets a process map: XLA then
     crashes while it compiles (seen on jax 0.12). Between two files of tests programs are let go in time."""
     maps = Path("/proc/self/maps")
-    if nextitem is not None and nextitem.path == item.path or not maps.exists():
+    if (nextitem is not None and nextitem.path == item.path) or not maps.exists():
         return
     if maps.read_bytes().count(b"\n") > MOST_MAPS:
         jax.clear_caches()
