@@ -46,8 +46,9 @@ def pytest_collection_finish():
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """Every compiled program maps memory, a few hundred tests a quarter of what Linux lets a process map: XLA then
-    crashes while it compiles (seen on jax 0.12). Between two files of tests programs are let go in time."""
+    """Every compiled program maps memory: forty tests of ``together`` an eighth of what Linux lets a process map. A
+    worker that had run a thousand crashed in XLA's compiler (jax 0.12). Between two files programs are let go in time.
+    """
     maps = Path("/proc/self/maps")
     if (nextitem is not None and nextitem.path == item.path) or not maps.exists():
         return
