@@ -134,7 +134,6 @@ class _Heap:
     def _take(self, size: int, least: int) -> list[int]:
         """Takes all free pieces of so many bytes, large ones first; glibc picks the smallest that fits."""
         end, taken = self.library.malloc(2 * self.room), []  # fits nowhere but at the end of the heap
-        self.library.free(end)
         while end is not None and size >= least:
             block = self.library.malloc(size)
             if block is None or block >= end:
@@ -142,6 +141,7 @@ class _Heap:
                 size = size * 15 // 16
             else:
                 taken.append(block)
+        self.library.free(end)
         return taken
 
     def _free(self, blocks: list[int]) -> None:

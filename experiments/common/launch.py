@@ -27,7 +27,7 @@ def launch(family: str, arguments: Sequence[str] | None = None) -> None:
     try:
         study = load_study(family, name)
     except ValueError as error:
-        _fail(error)
+        fail(error)
     launch_study(family, study, rest)
 
 
@@ -46,18 +46,23 @@ def launch_study(family: str, study: Study, arguments: Sequence[str]) -> None:
         # What a user can mend comes as one line; --debug shows where it was raised.
         if "--debug" in arguments:
             raise
-        _fail(error)
+        fail(error)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or "--debug" in arguments:
             raise
-        reason = str(error).strip().partition("\n")[0][:200]
-        _fail(
-            f"process {jax.process_index()} of {jax.process_count()} cannot go on, most likely because another one "
-            f"has stopped ({reason}). Start all of them again with --resume; their number may differ."
-        )
+        fail(f"{other_has_stopped(error)}. Start all of them again with --resume; their number may differ.")
     if processes.is_writer():
         print_result(study, result)
         print(f"\nwritten to {os.path.relpath(workdir)}")
+
+
+def other_has_stopped(error: Exception) -> str:
+    """What an error of JAX in a job of several processes most likely means."""
+    reason = str(error).strip().partition("\n")[0][:200]
+    return (
+        f"process {jax.process_index()} of {jax.process_count()} cannot go on, most likely because another one has "
+        f"stopped ({reason})"
+    )
 
 
 def prepare_jax(study: Study, settings: Settings) -> None:
@@ -186,7 +191,8 @@ def _list_studies(family: str, *, asked: bool) -> None:
     sys.exit(2)
 
 
-def _fail(error: Exception | str) -> NoReturn:
+def fail(error: Exception | str) -> NoReturn:
+    """Says what went wrong in one line and ends this process."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():  # an orderly exit would wait for processes that wait for this one
         sys.stdout.flush()

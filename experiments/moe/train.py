@@ -8,9 +8,13 @@ killed goes on from its last checkpoint to the same numbers. Without a folding t
 of the CPU, a virtual device each, which beats one device there. The workdir gets ``checkpoints/`` and
 ``metrics.jsonl``, ``--export=FOLDER`` writes a Hugging Face folder at the end. ``--model=small`` is a byte model; a
 folder with pretrained weights of a Mixtral, Qwen2-MoE or Qwen3-MoE is read straight onto the folding.
+
+On several hosts start one process each with the same flags, ``--coordinator=HOST:PORT --num_processes=2`` and its own
+``--process_id``; the ranks of the folding are shared out among them, the first one writes and prints.
 """
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -21,7 +25,7 @@ from typing import Any
 from absl import flags
 
 from experiments.common.flags import read_flags
-from experiments.common.launch import virtual_devices
+from experiments.common.launch import fail, other_has_stopped, virtual_devices
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
@@ -41,13 +45,18 @@ flags.DEFINE_float("capacity_factor", 0.0, "slots of an expert over its even sha
 flags.DEFINE_float("balance_coef", 0.01, "weight of the balancing loss", flag_values=FLAGS)
 flags.DEFINE_bool("keep_memory", True, "keep freed memory: faster on a CPU, a third more of it", flag_values=FLAGS)
 flags.DEFINE_float("peak_tflops", 0.0, "peak of one device for the MFU column; 0 leaves it out", flag_values=FLAGS)
+flags.DEFINE_string(
+    "coordinator", "", "host:port of the first of several processes, or auto under a scheduler", flag_values=FLAGS
+)
+flags.DEFINE_integer("num_processes", 1, "processes of the job", flag_values=FLAGS)
+flags.DEFINE_integer("process_id", 0, "number of this process, from 0", flag_values=FLAGS)
 
 
 def check_flags() -> None:
     """Refuses what cannot be, before JAX starts."""
     from jaxrl_suite.config import check, check_count
 
-    least = {"batch_size": 1, "length": 1, "save_every": 1, "num_steps": 0, "num_microbatches": 0}
+    least = {"batch_size": 1, "length": 1, "save_every": 1, "num_processes": 1, "num_steps": 0, "num_microbatches": 0}
     for name, number in least.items():
         counts: dict[str, Any] = {f"--{name}": FLAGS[name].value}
         check_count(number, **counts)
@@ -56,6 +65,9 @@ def check_flags() -> None:
         fits = 0 < value < math.inf if name == "learning_rate" else 0 <= value < math.inf
         rule = "must be finite and positive" if name == "learning_rate" else "must be finite and not negative"
         check(fits, argument=f"--{name}", value=value, rule=rule)
+    alone = FLAGS.num_processes == 1 or bool(FLAGS.coordinator)
+    rule, remedy = "several processes need a place to meet", "Add --coordinator=host:port of the first"
+    check(alone, argument="--num_processes", value=FLAGS.num_processes, rule=rule, remedy=remedy)
     if FLAGS.data:
         remedy = "Name a text file, or leave --data out to train on Python's own source"
         found = Path(FLAGS.data).is_file()
@@ -67,13 +79,16 @@ def check_flags() -> None:
 
 
 def choose_folding() -> Any:
-    """The folding of the flag, or data parallelism over as many cores of the CPU as divide the batch."""
+    """The folding of the flag, or data parallelism over as many cores of the CPUs as divide the batch."""
+    from jaxrl_suite.config import check
     from jaxrl_suite.moe.folding import Folding
 
-    if FLAGS.folding:
-        return Folding.parse(FLAGS.folding)
-    cores = math.gcd(FLAGS.batch_size, os.cpu_count() or 1)
-    return Folding(dp=cores, edp=cores)
+    number = FLAGS.num_processes
+    cores = math.gcd(FLAGS.batch_size, number * (os.cpu_count() or 1))
+    folding = Folding.parse(FLAGS.folding) if FLAGS.folding else Folding(dp=cores, edp=cores)
+    rule = f"must divide the {folding.num_ranks} ranks of {str(folding)!r}"
+    check(folding.num_ranks % number == 0, argument="--num_processes", value=number, rule=rule)
+    return folding
 
 
 def build(folding: Any) -> tuple[Any, Any, Any]:
@@ -135,7 +150,7 @@ def train(folding: Any) -> None:
     from experiments.moe.corpus import windows
     from jaxrl_suite import moe
     from jaxrl_suite.config import check
-    from jaxrl_suite.io import checkpoint
+    from jaxrl_suite.io import checkpoint, processes
     from jaxrl_suite.io.metrics import JsonlWriter, truncate_jsonl
     from jaxrl_suite.io.progress import ProgressBar
     from jaxrl_suite.moe.pretrained import save_pretrained
@@ -146,18 +161,24 @@ def train(folding: Any) -> None:
     remedy = "Use a longer text or a smaller --length"
     rule = f"has {len(text)} tokens, windows of --length={FLAGS.length} take at least {least}"
     check(len(text) >= least, argument="--data", value=FLAGS.data, rule=rule, remedy=remedy)
+    writes = processes.is_writer()
+    say = functools.partial(print, flush=True) if writes else lambda _: None
     folder, log = Path(FLAGS.workdir) / "checkpoints", Path(FLAGS.workdir) / "metrics.jsonl"
     if checkpoint.latest_step(folder) is not None:
         state, _ = checkpoint.restore_checkpoint(folder, state)
-        print(f"continuing at step {int(state.step)} of {folder}")
+        say(f"continuing at step {int(state.step)} of {folder}")
     begun = int(state.step)
-    truncate_jsonl(log, begun)
     hparams = moe.HParams(learning_rate=FLAGS.learning_rate, balance_coef=FLAGS.balance_coef)
     tokens, key = FLAGS.batch_size * FLAGS.length, jax.random.key(1)
     work = flops_per_token(config.model, FLAGS.length) * tokens / folding.num_ranks
     every = max(1, FLAGS.num_steps // 10)
-    with contextlib.closing(JsonlWriter(log)) as writer, ProgressBar("steps", FLAGS.num_steps) as bar:
-        bar.advance(begun)
+    with contextlib.ExitStack() as stack:
+        writer = bar = None
+        if writes:
+            truncate_jsonl(log, begun)
+            writer = stack.enter_context(contextlib.closing(JsonlWriter(log)))
+            bar = stack.enter_context(ProgressBar("steps", FLAGS.num_steps))
+            bar.advance(begun)
         for step in range(begun, FLAGS.num_steps):
             batch = moe.language_batch(windows(key, step, text, FLAGS.batch_size, FLAGS.length))
             began = time.perf_counter()
@@ -167,18 +188,22 @@ def train(folding: Any) -> None:
             record |= {"time/step_seconds": seconds, "speed/tokens_per_second": tokens / seconds}
             if FLAGS.peak_tflops:
                 record["speed/mfu"] = work / seconds / (FLAGS.peak_tflops * 1e12)
-            writer.write(step, record)
-            bar.advance(loss=record["loss/nats"], dropped=record["dispatch/drop_rate"])
+            if writer is not None and bar is not None:
+                writer.write(step, record)
+                bar.advance(loss=record["loss/nats"], dropped=record["dispatch/drop_rate"])
             if step % every == 0 or step == FLAGS.num_steps - 1:
-                print(_line(step, record), flush=True)
+                say(_line(step, record))
             if (step + 1) % FLAGS.save_every == 0 or step == FLAGS.num_steps - 1:
                 checkpoint.save_checkpoint(folder, step + 1, state, metadata={"folding": str(folding)})
     if begun < FLAGS.num_steps:
-        print(f"saved step {int(state.step)} in {folder}")
+        say(f"saved step {int(state.step)} in {folder}")
     else:
-        print(f"all {FLAGS.num_steps} steps are done; a larger --num_steps goes on")
+        say(f"all {FLAGS.num_steps} steps are done; a larger --num_steps goes on")
     if FLAGS.export:
-        print(f"exported to {save_pretrained(FLAGS.export, state.params, config, tokenizer=tokenizer, overwrite=True)}")
+        params = jax.tree.map(processes.to_host, state.params)
+        if writes:
+            say(f"exported to {save_pretrained(FLAGS.export, params, config, tokenizer=tokenizer, overwrite=True)}")
+    processes.broadcast_json(None)  # nobody leaves before all is on disk
 
 
 def _line(step: int, record: dict[str, float]) -> str:
@@ -194,6 +219,9 @@ def main(arguments: list[str]) -> int:
     done = read_flags(FLAGS, arguments, __doc__ or "")
     if done is not None:
         return done
+    import jax
+
+    from jaxrl_suite.io import processes
     from jaxrl_suite.memory import keep_memory
 
     try:
@@ -201,11 +229,20 @@ def main(arguments: list[str]) -> int:
         folding = choose_folding()
         if FLAGS.keep_memory:
             keep_memory()
-        virtual_devices(folding.num_ranks, threads=4 if FLAGS.folding else 1)
+        together = bool(FLAGS.folding or FLAGS.coordinator)
+        virtual_devices(folding.num_ranks // FLAGS.num_processes, threads=4 if together else 1)
+        if FLAGS.coordinator:
+            processes.connect(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         train(folding)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, processes.ProcessError) as error:
+        if jax.distributed.is_initialized():
+            fail(error)
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        fail(f"{other_has_stopped(error)}. Start all of them again: training goes on from the last checkpoint.")
     return 0
 
 

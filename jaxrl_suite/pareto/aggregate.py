@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxrl_suite.config import as_number, check, check_count, check_key
+from jaxrl_suite.config import as_array, as_number, check, check_count, check_key
 from jaxrl_suite.pareto.hypervolume import as_numbers
 from jaxrl_suite.pareto.quadratic import solve_quadratic
 from jaxrl_suite.types import Array, PRNGKey
@@ -49,17 +49,20 @@ def pcgrad(gram: Array, *, order: Array | None = None, key: PRNGKey | None = Non
 
     Args:
         gram: [K, K].
-        order: int [K], the order in which the others are visited; 0..K-1 by default.
+        order: int [K], the order in which the others are visited, each once; 0..K-1 by default.
         key: draws one order for each gradient instead; consumed.
 
     Returns:
         [K].
 
+    Raises:
+        ValueError: an order of another length, or one that leaves an objective out, where it is known.
+
     References:
         Yu et al. (2020), arXiv 2001.06782, algorithm 1.
     """
     size = gram.shape[0]
-    first = jnp.arange(size, dtype=jnp.int32) if order is None else jnp.asarray(order, jnp.int32)
+    first = jnp.arange(size, dtype=jnp.int32) if order is None else _as_order(order, size)
     orders = jnp.broadcast_to(first, (size, size))
     if key is not None:
         check_key(key)
@@ -76,6 +79,16 @@ def pcgrad(gram: Array, *, order: Array | None = None, key: PRNGKey | None = Non
         return jax.lax.scan(remove, start, order)[0]
 
     return jnp.sum(jax.vmap(surgery)(jnp.arange(size, dtype=jnp.int32), orders), axis=0)
+
+
+def _as_order(order: Array, size: int) -> Array:
+    """An order of so many objectives as int32."""
+    array, rule = as_array("order", order), f"must hold each of 0..{size - 1} once"
+    whole = jnp.issubdtype(array.dtype, jnp.integer) and array.shape == (size,)
+    check(whole, argument="order", value=f"{array.dtype}{list(array.shape)}", rule=rule)
+    if not isinstance(array, jax.core.Tracer):
+        check(sorted(array.tolist()) == list(range(size)), argument="order", value=array.tolist(), rule=rule)
+    return array.astype(jnp.int32)
 
 
 def cagrad(gram: Array, *, radius: Array | float = 0.5, num_rounds: int = 40) -> Array:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl_suite.config import as_number
 from jaxrl_suite.types import Array
 
 
@@ -163,13 +164,17 @@ def gram_influence(
     Returns:
         [K], ``I_i = sum_j c_i c_j G_ij`` with ``c_i = min(1, clip_norm / |g_i|)``.
 
+    Raises:
+        ValueError: ``clip_norm`` is no single number, or not positive where it is known.
+
     >>> import jax.numpy as jnp
     >>> gram_influence(jnp.array([[4.0, 0.0], [0.0, 1.0]]), clip_norm=1.0).tolist()
     [1.0, 1.0]
     """
     if clip_norm is None:
         return jnp.sum(matrix, axis=1)
+    longest = as_number("clip_norm", clip_norm, matrix.dtype, interval="(0, inf]")
     squares = jnp.diagonal(matrix) if squared_norms is None else squared_norms
     norms = jnp.sqrt(jnp.maximum(squares, jnp.finfo(matrix.dtype).tiny))
-    factors = jnp.minimum(1.0, jnp.asarray(clip_norm, matrix.dtype) / norms)
+    factors = jnp.minimum(1.0, longest / norms)
     return factors * (matrix @ factors)

@@ -207,11 +207,14 @@ def influence_step(
     Args:
         log_weights: [K], log of weights on the simplex (any common constant is removed).
         influence: [K].
-        rate: scale of the exponent, eta / mu.
+        rate: scale of the exponent, eta / mu, not negative.
         max_log_step: largest change of a log-weight before normalisation; unbounded by default.
 
     Returns:
         [K], log of weights on the simplex.
+
+    Raises:
+        ValueError: ``rate`` or ``max_log_step`` is no single number, or outside, where it is known.
 
     References:
         Lu et al. (2025), arXiv 2509.11452, gradient-based weight optimisation; Fan, Pagliardini and Jaggi (2024),
@@ -223,9 +226,11 @@ def influence_step(
     [0.3592, 0.3279, 0.3129]
     """
     # Differences first: a common part of the influences moves no weight and must not cost digits.
-    change = jnp.asarray(rate, log_weights.dtype) * (influence - jax.lax.stop_gradient(jnp.max(influence)))
+    rate = as_number("rate", rate, log_weights.dtype, interval="[0, inf)")
+    change = rate * (influence - jax.lax.stop_gradient(jnp.max(influence)))
     if max_log_step is not None:
-        change = jnp.clip(change - jnp.mean(change), -max_log_step, max_log_step)
+        longest = as_number("max_log_step", max_log_step, log_weights.dtype, interval="(0, inf]")
+        change = jnp.clip(change - jnp.mean(change), -longest, longest)
     return jax.nn.log_softmax(log_weights + change)
 
 

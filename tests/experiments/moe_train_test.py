@@ -31,6 +31,9 @@ def run(folder, *arguments):
         (["--learning_rate=-1"], "--learning_rate=-1.0: must be finite and positive"),
         (["--capacity_factor=nan"], "--capacity_factor=nan: must be finite and not negative"),
         (["--folding=attention=tp2 experts=ep2", "--length=17"], "length=17 does not divide by tp·cp=2"),
+        (["--num_processes=2"], "--num_processes=2: several processes need a place to meet. Add --coordinator"),
+        (["--num_processes=3", "--coordinator=127.0.0.1:1"], "--num_processes=3: must divide the 2 ranks of"),
+        (["--num_processes=2", "--process_id=2", "--coordinator=127.0.0.1:1"], "from 0 to num_processes - 1"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(tmp_path, capsys, arguments, message):

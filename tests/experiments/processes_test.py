@@ -26,12 +26,19 @@ FLAGS = [
 PROGRAM = "import sys; from experiments.common.launch import launch; launch('moe', sys.argv[1:])"
 
 
-def start(workdir, num_processes, *options):
+TRAIN = [
+    "--folding=attention=tp2.dp2 experts=ep4", "--length=16", "--batch_size=4", "--num_steps=4", "--save_every=2",
+    "--nokeep_memory",
+]  # fmt: skip
+TRAIN_PROGRAM = "import sys; from experiments.moe.train import main; sys.exit(main(sys.argv))"
+
+
+def start(workdir, num_processes, *options, program=PROGRAM, given=FLAGS):
     """The processes of one job; with one process no coordinator is named."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [sys.executable, "-c", PROGRAM, *FLAGS, *options]
+    words = [sys.executable, "-c", program, *given, *options]
     flags = [word for word in os.environ["XLA_FLAGS"].split() if "device_count" not in word]  # the launcher's own
     environment = {**os.environ, "XLA_FLAGS": " ".join(flags)}
     jobs = []
@@ -78,6 +85,23 @@ def test_two_processes_train_as_one_device_does_and_write_once(tmp_path):
     assert steps == list(range(12))  # six of the oracle, six of the folded model, by one writer
     assert "written to" in ended[0][0] and "written to" not in ended[1][0]
     assert not (tmp_path / "absent_1").exists()
+
+
+@pytest.mark.subprocess
+def test_two_processes_of_the_command_train_and_go_on_as_one_does(tmp_path):
+    """One process alone; two that stop half way, go on, and export what they have."""
+    train = {"program": TRAIN_PROGRAM, "given": TRAIN}
+    codes, ended = finish(start(tmp_path / "one", 1, **train))
+    assert codes == [0], ended
+    codes, ended = finish(start(tmp_path / "two", 2, "--num_steps=2", **train))
+    assert codes == [0, 0], ended
+    codes, ended = finish(start(tmp_path / "two", 2, f"--export={tmp_path / 'hf'}", **train))
+    assert codes == [0, 0], ended
+    assert "continuing at step 2" in ended[0][0] and "exported to" in ended[0][0] and "step" not in ended[1][0]
+    assert (tmp_path / "hf" / "config.json").is_file() and not (tmp_path / "absent_1").exists()
+    one, two = ([row["loss/nats"] for row in lines(tmp_path / name)] for name in ("one", "two"))
+    assert len(two) == 4
+    np.testing.assert_allclose(two, one, rtol=1e-5)
 
 
 @pytest.mark.slow

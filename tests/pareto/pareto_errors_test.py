@@ -191,6 +191,11 @@ def test_vectors_of_one_number_an_objective(call, message):
         (lambda: pareto.upgrad(jnp.eye(2), weights=jnp.ones(3)), "weights=(3,): must have shape (2,)"),
         (lambda: pareto.aligned_mtl(jnp.eye(2), weights=jnp.ones(3)), "weights=(3,): must have shape (2,)"),
         (lambda: pareto.pcgrad(jnp.eye(2), key=0), "key=0: must be a random key"),
+        (lambda: pareto.pcgrad(jnp.eye(2), order=[0, 0]), "order=[0, 0]: must hold each of 0..1 once"),
+        (lambda: pareto.pcgrad(jnp.eye(2), order=[0, 1, 2]), "order='int32[3]': must hold each of 0..1 once"),
+        (lambda: pareto.influence_step(HALF, HALF, -1.0), "rate=-1.0: must be finite and not negative"),
+        (lambda: pareto.influence_step(HALF, HALF, 1.0, max_log_step=0.0), "max_log_step=0.0: must be positive"),
+        (lambda: pareto.gram_influence(jnp.eye(2), clip_norm=0.0), "clip_norm=0.0: must be positive"),
         (
             lambda: pareto.solve_quadratic(jnp.eye(2), HALF, constraint="box"),
             "constraint='box': must be one of",
