@@ -2,6 +2,7 @@
 
     python tests/benchmarks/moe_benchmark.py step      # small Mixtral, tokens per second, dropping and dropless, torch
     python tests/benchmarks/moe_benchmark.py layer     # cost from 8 to 64 experts at fixed active parameters
+    python tests/benchmarks/moe_benchmark.py compile   # seconds to compile the step of few and many layers
 
 Ours on one device and, data parallel, on a virtual device a core; memory is kept. Everything that is timed has a
 process of its own, as a run of it would (in one, freed blocks of one program are cut up by the next, and threads of
@@ -228,13 +229,32 @@ def compare_layers(repeats):
         print(f"{'ratio':<14} {ratios}", flush=True)
 
 
+def compare_depths(repeats):
+    """Prints the seconds that lowering and compiling the step takes, by number of layers."""
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    ranks = numbers_of_ranks()[-1]
+    folding, batch = moe.Folding(dp=ranks, edp=ranks), moe.language_batch(jnp.zeros((BATCH, LENGTH + 1), jnp.int32))
+
+    def compile_step(num_layers):
+        config = moe.MoEConfig(model=MODEL.replace(num_layers=num_layers), remat="norms", **DISPATCH["dropless"])
+        state = jax.eval_shape(lambda key: moe.init_train_state(key, config, folding), jax.random.key(0))
+        moe.train_step.lower(state, batch).compile()
+        jax.clear_caches()
+
+    compile_step(1)  # what is compiled for the first time of all
+    for num_layers in (4, 8, 16, 32):
+        seconds = [timed(lambda number=num_layers: compile_step(number)) for _ in range(repeats)]
+        print(f"{num_layers:>2} layers  {statistics.median(seconds):5.1f} s", flush=True)
+
+
 def main():
-    """Runs one of the two comparisons."""
+    """Runs one of the comparisons."""
+    comparisons = {"step": compare_steps, "layer": compare_layers, "compile": compare_depths}
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("step", "layer"))
+    parser.add_argument("what", choices=comparisons)
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()
-    (compare_steps if arguments.what == "step" else compare_layers)(arguments.repeats)
+    comparisons[arguments.what](arguments.repeats)
 
 
 def main_of_a_side(what, dispatch="", ranks="1", num_experts="0"):
