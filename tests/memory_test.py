@@ -71,7 +71,6 @@ def test_kept_memory_may_lie_in_huge_pages():
 
 # Whether a block of 50,000 bytes comes from among the pieces of that size, before, between and after compilations.
 ASIDE = """
-import ctypes
 from jaxrl_suite import memory
 memory.keep_memory()
 heap = memory._heaps[0]
@@ -106,8 +105,13 @@ def test_pieces_are_set_aside_between_compilations():
 
 def test_the_compiler_says_what_the_heap_listens_to():
     heard = set()
-    jax.monitoring.register_event_duration_secs_listener(lambda event, _, **__: heard.add(event))
+
+    def listener(event, duration_secs, **_):
+        heard.add(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
     jax.jit(lambda x: x + 1)(jax.numpy.ones(3))
+    jax.monitoring.unregister_event_duration_listener(listener)
     assert {memory._LOWERED, memory._COMPILED} <= heard
 
 

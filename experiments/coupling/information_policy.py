@@ -19,7 +19,7 @@ import numpy as np
 from experiments.common.study import Result, Study
 from experiments.coupling.presets import PRESETS
 from jaxrl_suite.config import Config, check, field
-from jaxrl_suite.coupling.games import enumerate_game
+from jaxrl_suite.coupling.exact_games import enumerate_game
 from jaxrl_suite.envs.rate_grid import RateGridConfig, rate_grid, soft_policy
 
 if TYPE_CHECKING:

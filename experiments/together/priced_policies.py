@@ -16,7 +16,8 @@ import optax
 
 from jaxrl_suite import pareto
 from jaxrl_suite.config import check
-from jaxrl_suite.coupling.games import ExactGame, step_code
+from jaxrl_suite.coupling.exact_games import ExactGame
+from jaxrl_suite.coupling.games import step_code
 from jaxrl_suite.coupling.integer import round_masses
 from jaxrl_suite.coupling.iterative import fimec_symbol
 from jaxrl_suite.distributions import entropy
@@ -26,7 +27,7 @@ from jaxrl_suite.types import Array, PRNGKey
 def enumerate_by_scan(
     policies: Array, successors: Array, reward: Array, terminal: Array, start: Array, *, num_messages: int
 ) -> ExactGame:
-    """As ``coupling.games.enumerate_game`` without a rate, one step compiled once.
+    """As ``coupling.exact_games.enumerate_game`` without a rate, one step compiled once.
 
     Every leaf of the tree of action sequences is carried from the first step on, although leaves with a common
     beginning agree until they part: H steps over ``A ** H`` leaves instead of a growing tree, so that the program (and

@@ -16,8 +16,8 @@ Encoders       :func:`ebim_greedy`, :func:`ebim_path`: the most informative code
 Bottleneck     :func:`mecb`: encoder and decoder for two given laws and a rate, in three searches.
 
 Long messages are in :mod:`jaxrl_suite.coupling.iterative` (FIMEC, independent blocks) and
-:mod:`jaxrl_suite.coupling.arimec` (any sequence law); games in :mod:`jaxrl_suite.coupling.games` and
-:mod:`jaxrl_suite.coupling.factored_games`.
+:mod:`jaxrl_suite.coupling.arimec` (any sequence law); games in :mod:`jaxrl_suite.coupling.games`,
+:mod:`jaxrl_suite.coupling.factored_games` and, by enumeration, :mod:`jaxrl_suite.coupling.exact_games`.
 
 References:
     Ebrahimi, Chen, Khisti, Minimum Entropy Coupling with Bottleneck, 2024, arXiv 2410.21666.

@@ -4,8 +4,8 @@
     python tests/benchmarks/moe_benchmark.py layer     # cost from 8 to 64 experts at fixed active parameters
     python tests/benchmarks/moe_benchmark.py compile   # seconds to compile the step of few and many layers
 
-Ours on one device and, data parallel, on a virtual device a core; memory is kept. Everything that is timed has a
-process of its own, as a run of it would (in one, freed blocks of one program are cut up by the next, and threads of
+Ours on one device and, data parallel, on a virtual device a core; memory is kept. Every step or layer that is timed has
+a process of its own, as a run of it would (in one, freed blocks of one program are cut up by the next, and threads of
 torch slow ours down), is warmed up, and takes its turns with the others, some calls in a row as in a run; medians of
 the calls of all turns, compile time apart.
 The torch side needs the ``parity`` extra and is skipped without it; it runs as it comes and with the same settings of

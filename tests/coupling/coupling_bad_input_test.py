@@ -31,8 +31,9 @@ from jaxrl_suite.coupling import (
     sharpen_coupling,
     soft_coupling,
 )
+from jaxrl_suite.coupling.exact_games import enumerate_game
 from jaxrl_suite.coupling.factored_games import play_factored
-from jaxrl_suite.coupling.games import CodingGame, enumerate_game, play
+from jaxrl_suite.coupling.games import CodingGame, play
 from jaxrl_suite.coupling.iterative import fimec_text
 from jaxrl_suite.types import SequenceLaw
 

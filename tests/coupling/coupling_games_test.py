@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxrl_suite.coupling import games
-from jaxrl_suite.coupling.games import CodingGame, enumerate_game, play, step_code, update_belief
+from jaxrl_suite.coupling.exact_games import enumerate_game
+from jaxrl_suite.coupling.games import CodingGame, play, step_code, update_belief
 from jaxrl_suite.coupling.grouped_beliefs import (
     GroupedBelief,
     action_weights,

@@ -10,7 +10,7 @@ import pytest
 from experiments.together import priced_policies as priced
 from experiments.together.message_at_a_price import MessageAtAPriceConfig, gain_at_equal_reward
 from jaxrl_suite import pareto
-from jaxrl_suite.coupling.games import enumerate_game
+from jaxrl_suite.coupling.exact_games import enumerate_game
 from jaxrl_suite.envs.rate_grid import RateGridConfig, rate_grid
 
 SYMBOLS, LENGTH = 5, 6
